@@ -1,0 +1,159 @@
+"""The doors. Everything heavy is imported inside its command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.job.errors import JobError
+
+if TYPE_CHECKING:
+    from pipeline.job.spec import Job
+
+app = typer.Typer(
+    name="zlora",
+    help="Adapt billion-scale transformers: a frozen base sharded by ZeRO-3, a trained delta of megabytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job, a TOML file.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; runs/<job name> when absent.")]
+RankCount = Annotated[int | None, typer.Option("--ranks", min=1, help="Ranks to start here; the GPUs, else 1, when absent.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: train.steps=20.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
+
+
+def main() -> None:
+    """Runs the command line; a `JobError` becomes one line and exit code 2."""
+    try:
+        app()
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def check(job: JobFile, overrides: Overrides = None) -> None:
+    """Read and validate a job; print it resolved.
+
+    Example: zlora check jobs/e2e/local.toml
+    """
+    from pipeline.job.read import job_toml, read_job
+
+    print(job_toml(read_job(job, tuple(overrides or ()))), end="")
+
+
+@app.command()
+def train(
+    job: JobFile,
+    run: RunFolder = None,
+    ranks: RankCount = None,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run from the run folder first.")] = False,
+) -> None:
+    """Train a job's delta on this machine, or on the ranks that torchrun or srun started.
+
+    Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
+    """
+    from pipeline.cluster.launch import inside_ranks, launch
+    from pipeline.job.read import read_job
+
+    asked = read_job(job, tuple(overrides or ()))
+    folder = run or Path("runs") / job.stem
+    if not inside_ranks():
+        _make_room(folder, fresh)
+        sys.exit(launch(sys.argv[1:], ranks))
+    from pipeline.rank import as_rank
+    from pipeline.run import train as train_here
+
+    as_rank(folder, lambda joined, screen: train_here(asked, folder, joined, screen))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    split: Annotated[Literal["train", "valid", "test"], typer.Option(help="What to score.")] = "test",
+    ranks: RankCount = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's delta: perplexity, and BLEU of greedy generations; write the predictions.
+
+    Example: zlora evaluate runs/local --set evaluate.max_prompts=100
+    """
+    from pipeline.cluster.launch import inside_ranks, launch
+
+    asked = _job_of(run, overrides)
+    if not inside_ranks():
+        sys.exit(launch(sys.argv[1:], ranks))
+    from pipeline.rank import as_rank
+    from pipeline.run import evaluate as evaluate_here
+
+    as_rank(run, lambda joined, screen: evaluate_here(asked, run, split, joined, screen), as_json)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base that the delta was trained on.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's delta folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged checkpoint goes; absent or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a delta into its base: an ordinary checkpoint, and merge.json as its certificate.
+
+    Example: zlora merge gpt2-medium runs/gpt2_medium_lora/delta --out merged
+    """
+    from pipeline.deltas.merge import CERTIFICATE
+    from pipeline.deltas.merge import merge as merge_files
+    from pipeline.screen import Screen
+    from pipeline.weights.hub import local_base
+
+    screen = Screen(sys.stderr)
+    certificate = merge_files(local_base(base, revision), delta, out, lambda items: screen.progress("merging", items))
+    if as_json:
+        print(json.dumps(certificate))
+        return
+    errors = certificate["largest_rounding_error"]
+    rows = [
+        ("merged", str(out)),
+        ("tensors", f"{len(errors)} changed, the others copied byte by byte"),
+        ("rounding", f"{max(errors.values()):.3g} at most"),
+        ("certificate", str(out / CERTIFICATE)),
+    ]
+    Screen(sys.stdout).table("done", rows)
+
+
+def _job_of(run: Path, overrides: list[str] | None) -> Job:
+    from pipeline.job.read import read_job
+
+    if not (run / "job.toml").is_file():
+        raise JobError(f"{run}: not a run folder: it has no job.toml. Name the folder that zlora train wrote.")
+    return read_job(run / "job.toml", tuple(overrides or ()))
+
+
+def _make_room(folder: Path, fresh: bool) -> None:
+    """An earlier run stays unless the user says otherwise."""
+    import shutil
+
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not fresh:
+        raise JobError(f"{folder}: holds an earlier run. Use --run for another folder, or --fresh to replace it.")
+    if not (folder / "job.toml").is_file() and not (folder / "logs").is_dir():
+        raise JobError(f"{folder}: is not a run folder, so --fresh does not remove it. Use --run for another folder.")
+    shutil.rmtree(folder)
+
+
+if os.environ.get("PYTHONWARNINGS") is None and "RANK" in os.environ:
+    import warnings
+
+    warnings.simplefilter("ignore")

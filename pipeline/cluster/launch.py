@@ -1,0 +1,171 @@
+"""Starts the ranks of one machine, watches them, and shows the one error that matters. No torch.
+
+A rank is this same program with RANK set; under torchrun or srun the ranks are already there and nothing is started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.job.errors import JobError
+
+RANK_FAILED = 76
+_FOLDER = "ZLORA_LAUNCH"
+_POLL_S = 0.1
+_GRACE_S = 3.0
+_TOGETHER_S = 0.5
+"""Ranks that die this close together: one of them pulled the others down."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended: its own words, or the signal that ended it."""
+
+    rank: int
+    exit_code: int
+    message: str
+    time: float
+
+
+def inside_ranks() -> bool:
+    """Whether this process is a rank already. Slurm's variables are translated into torchrun's."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    # SLURM_STEP_NUM_TASKS is set by srun only, not for the batch script itself.
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return False
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    first = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+    # Jobs on one node must not meet on one port; ports below 32768 are not handed out to outgoing connections.
+    port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        MASTER_ADDR=os.environ.get("MASTER_ADDR", first),
+        MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
+    )
+    return True
+
+
+def visible_gpus() -> int:
+    """GPUs that this machine offers, without importing torch."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def launch(arguments: list[str], ranks: int | None) -> int:
+    """Runs `zlora ARGUMENTS` on several ranks of this machine and waits for them.
+
+    Args:
+        ranks: how many; None: one for each GPU, else one.
+
+    Returns:
+        The exit code for the shell: 0, or that of the rank that failed first (76 where a signal ended it).
+    """
+    gpus = visible_gpus()
+    count = ranks or gpus or 1
+    if gpus and count > gpus:
+        raise JobError(f"--ranks {count}: this machine shows {gpus} GPUs. Use at most {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU.")
+    folder = Path(tempfile.mkdtemp(prefix="zlora-"))
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            command = [sys.executable, "-m", "pipeline", *arguments]
+            children.append(subprocess.Popen(command, env=_environment(rank, count, folder, gpus), stdin=subprocess.DEVNULL))
+        return _watch(children, folder)
+    except KeyboardInterrupt:
+        print("\nStopped. What was saved is in the run folder.", file=sys.stderr)
+        return 130
+    finally:
+        _end(children)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def die_with_parent() -> None:
+    """Has the kernel end this rank when its launcher is gone, however that ended (Linux)."""
+    if _FOLDER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def report_failure(message: str, exit_code: int, terminal: TextIO) -> None:
+    """Tells the launcher, or the terminal where there is none, why this rank ends."""
+    rank = int(os.environ.get("RANK", "0"))
+    if folder := os.environ.get(_FOLDER):
+        failure = {"rank": rank, "exit_code": exit_code, "message": message, "time": time.time()}
+        partial = Path(folder) / f".failure.{rank}"
+        partial.write_text(json.dumps(failure), encoding="utf-8")
+        partial.rename(Path(folder) / f"failure.{rank}")
+    else:
+        print(message, file=terminal, flush=True)
+
+
+def _environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ZLORA_RENDEZVOUS": f"file://{folder}/rendezvous",
+        _FOLDER: str(folder),
+    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)), "TOKENIZERS_PARALLELISM": "false"}
+    if not gpus:
+        # Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once.
+        defaults |= {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
+    return {**defaults, **environment}
+
+
+def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        if any(codes):
+            time.sleep(_TOGETHER_S)
+            failure = _first_failure([child.poll() for child in children], folder)
+            print(failure.message, file=sys.stderr)
+            return failure.exit_code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_S)
+
+
+def _first_failure(codes: list[int | None], folder: Path) -> Failure:
+    """The cause, not its echoes: a signal, then a mistake of the user's, then the earliest crash."""
+    failures = []
+    for rank, code in enumerate(codes):
+        told = folder / f"failure.{rank}"
+        if told.exists():
+            failures.append(Failure(**json.loads(told.read_text(encoding="utf-8"))))
+        elif code and code < 0:
+            name = signal.Signals(-code).name
+            hint = " Out of memory is the usual cause." if name == "SIGKILL" else ""
+            failures.append(Failure(rank, RANK_FAILED, f"rank {rank} was ended by {name}.{hint}", 0.0))
+        elif code:
+            failures.append(Failure(rank, code, f"rank {rank} ended with exit code {code} and said nothing.", time.time()))
+    return min(failures, key=lambda f: (f.exit_code == 1, f.time))
+
+
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -1,0 +1,161 @@
+"""Base + delta -> an ordinary checkpoint, file to file: W + (alpha / R) B A in fp32, rounded once (Hu et al. 2021, section 4.1).
+
+Every file keeps its layout, header and dtype, so unadapted tensors are copied byte by byte and adapted ones rewritten in place,
+a run of rows at a time. The result appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from pipeline.job.errors import JobError
+from pipeline.weights.atomic import new_folder, refuse_filled, write_json
+from pipeline.weights.delta import Module, read_delta
+from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.index import INDEX_NAME, Checkpoint, Entry, header_of, open_checkpoint, read_header
+from pipeline.weights.read import Reader
+
+SCHEMA_VERSION = 1
+CERTIFICATE = "merge.json"
+_COPY_BYTES = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
+_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".safetensors"}
+"""Other copies of the base's weights: not merged, so not taken along."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added to one tensor of the base."""
+
+    module: Module
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows of the update in the checkpoint's own orientation, fp32."""
+        scale = self.module.alpha / self.module.rank
+        if self.module.transposed:
+            return (self.a[:, first:last].T @ self.b.T) * scale
+        return (self.b[first:last] @ self.a) * scale
+
+
+def merge(
+    base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter
+) -> dict[str, Any]:
+    """Writes the merged checkpoint with tokenizer and config, and its certificate `merge.json`.
+
+    Args:
+        progress: wraps the iteration over the base's tensors, for a progress bar.
+
+    Returns:
+        The certificate: digests of base, delta and result, and per tensor the largest error that rounding to its dtype made.
+
+    Raises:
+        JobError: another base than the delta's, a delta that does not fit it, or a destination that is not empty.
+    """
+    refuse_filled(out)
+    checkpoint = open_checkpoint(base)
+    manifest, pairs = read_delta(delta)
+    digests = file_digests(checkpoint.files)
+    if base_digest(digests) != manifest.base_digest:
+        raise JobError(
+            f"{base}: its digest is {base_digest(digests)[:12]}..., the delta was trained on {manifest.base_digest[:12]}... "
+            f"({manifest.base}). Name the base that the delta was trained on."
+        )
+    additions = {module.tensor: Addition(module, *pairs[module.name]) for module in manifest.modules}
+    _refuse_misfit(checkpoint, additions, delta)
+    errors: dict[str, float] = {}
+    with new_folder(out) as partial, Reader() as reader:
+        results = {}
+        tensors = iter(progress([entry for file in checkpoint.files for entry in read_header(file)]))
+        for file in checkpoint.files:
+            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors)
+        _copy_the_rest(base, partial)
+        certificate = {
+            "schema_version": SCHEMA_VERSION,
+            "base": {"path": str(base.resolve()), "digest": manifest.base_digest, "files": digests},
+            "delta": {"path": str(delta.resolve()), "sha256": manifest.sha256, "manifest": asdict(manifest)},
+            "result": {"digest": base_digest(results), "files": results},
+            "largest_rounding_error": errors,
+        }
+        write_json(partial / CERTIFICATE, certificate)
+    return certificate
+
+
+def _merge_file(
+    source: Path, target: Path, tensors: Iterator[Entry], additions: dict[str, Addition], reader: Reader, errors: dict[str, float]
+) -> str:
+    """Rewrites one file; takes as many entries from `tensors` as it has. Returns the result's sha256."""
+    sha = hashlib.sha256()
+    _, data_start = header_of(source)
+    count = len(read_header(source))
+    with source.open("rb") as old, target.open("wb") as new:
+
+        def write(data: bytes | memoryview) -> None:
+            sha.update(data)
+            new.write(data)
+
+        _copy(old, data_start, write)
+        for _ in range(count):
+            entry = next(tensors)
+            if addition := additions.get(entry.name):
+                errors[entry.name] = _merge_tensor(entry, addition, reader, write)
+            else:
+                old.seek(entry.start)
+                _copy(old, entry.bytes, write)
+        next_byte = new.tell()
+        old.seek(next_byte)
+        _copy(old, source.stat().st_size - next_byte, write)
+    return sha.hexdigest()
+
+
+def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Callable[[memoryview], None]) -> float:
+    """Writes the sum, a run of rows at a time. Returns the largest error of the one rounding."""
+    rows, columns = entry.shape
+    block = max(1, _BLOCK_ELEMENTS // columns)
+    error = 0.0
+    for first in range(0, rows, block):
+        last = min(rows, first + block)
+        stored = torch.empty((last - first) * columns, dtype=entry.dtype)
+        reader.read(entry, first * columns, stored)
+        exact = stored.view(-1, columns).float() + addition.rows(first, last)
+        rounded = exact.to(entry.dtype)
+        if not rounded.isfinite().all():
+            raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
+        error = max(error, float((rounded.float() - exact).abs().max()))
+        write(memoryview(rounded.contiguous().view(torch.uint8).numpy()).cast("B"))
+    return error
+
+
+def _copy(source: BinaryIO, count: int, write: Callable[[bytes], None]) -> None:
+    while count:
+        data = source.read(min(count, _COPY_BYTES))
+        if not data:
+            raise JobError(f"{source.name}: ends early. Fetch the base again.")
+        write(data)
+        count -= len(data)
+
+
+def _copy_the_rest(base: Path, target: Path) -> None:
+    """Config, tokenizer, generation settings, the index: everything that is not another copy of the weights."""
+    for file in sorted(base.iterdir()):
+        old_index = file.name.endswith(".index.json") and file.name != INDEX_NAME
+        if file.is_file() and file.suffix not in _FOREIGN and not old_index and file.name != CERTIFICATE:
+            shutil.copyfile(file, target / file.name)
+
+
+def _refuse_misfit(checkpoint: Checkpoint, additions: dict[str, Addition], delta: Path) -> None:
+    for name, addition in additions.items():
+        entry = checkpoint.entries.get(name)
+        shape = (addition.b.shape[0], addition.a.shape[1])
+        expected = shape[::-1] if addition.module.transposed else shape
+        if entry is None or entry.shape != expected:
+            found = "not there" if entry is None else f"of shape {list(entry.shape)}"
+            raise JobError(f'{delta}: adapts tensor "{name}" of shape {list(expected)}, which in {checkpoint.folder} is {found}. Name the right base.')

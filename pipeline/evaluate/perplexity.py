@@ -1,0 +1,26 @@
+"""Perplexity of a split: exp of the mean negative log-likelihood of its target tokens, over all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from pipeline.model.causal import Causal
+from pipeline.tasks.batch import collate
+from pipeline.tasks.example import Sequence
+from pipeline.tasks.order import deal
+from pipeline.train.engine import Ranks
+
+
+@torch.no_grad()
+def perplexity(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batch_tokens: int, packed: bool) -> float:
+    """Of the target tokens only, as in training; without label smoothing."""
+    dealt = deal([len(s) for s in sequences], ranks.count, micro_batch_tokens, packed)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for chosen in dealt[ranks.rank]:
+        batch = collate([sequences[i] for i in chosen], chosen, packed, ranks.device)
+        total += root(batch=batch)[1].double()
+    dist.all_reduce(total)
+    return math.exp(min(700.0, total.item() / sum(s.target_tokens for s in sequences)))

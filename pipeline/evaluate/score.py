@@ -1,0 +1,82 @@
+"""A split -> its scores and predictions: perplexity, and BLEU of greedy generations against all references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+import sacrebleu
+
+from pipeline.evaluate.generate import generate_greedy
+from pipeline.evaluate.perplexity import perplexity
+from pipeline.job.spec import Evaluate, Train
+from pipeline.model.causal import Causal
+from pipeline.tasks.example import Example, Prompt, Sequence, grouped
+from pipeline.tasks.tokens import Tokens
+from pipeline.train.engine import Engine, Ranks
+from pipeline.weights.atomic import write_text
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A split, ready to be scored."""
+
+    split: str
+    prompts: list[Prompt]
+    prompt_tokens: list[list[int]]
+    sequences: list[Sequence]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    prompt: str
+    prediction: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    split: str
+    metrics: dict[str, float]
+    """perplexity; bleu from 0 to 100."""
+    predictions: list[Prediction]
+
+
+def evaluation_set(split: str, examples: list[Example], sequences: list[Sequence], max_prompts: int | None) -> EvaluationSet:
+    """Groups a split's examples by prompt, and keeps the first `max_prompts`."""
+    prompts = grouped(examples)[:max_prompts]
+    kept = {prompt.text for prompt in prompts}
+    tokens = {e.prompt: list(s.tokens[: s.target_start]) for e, s in zip(examples, sequences, strict=True)}
+    chosen = [s for e, s in zip(examples, sequences, strict=True) if e.prompt in kept]
+    return EvaluationSet(split, prompts, [tokens[prompt.text] for prompt in prompts], chosen)
+
+
+def score(root: Causal, engine: Engine, data: EvaluationSet, tokens: Tokens, evaluate: Evaluate, train: Train, ranks: Ranks) -> Scores:
+    """Scores on all ranks together; every rank gets the result."""
+    root.eval()
+    context = root.model.config.max_position_embeddings
+    ids = generate_greedy(root, data.prompt_tokens, ranks, evaluate.batch_prompts, evaluate.max_new_tokens, context, tokens.end_id)
+    texts = [tokens.text(new) for new in ids]
+    metrics = {
+        "perplexity": perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing),
+        "bleu": bleu(texts, [prompt.references for prompt in data.prompts]),
+    }
+    engine.release()
+    root.train()
+    predictions = [Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)]
+    return Scores(data.split, metrics, predictions)
+
+
+def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:
+    """Corpus BLEU by sacrebleu's defaults; each prediction may have its own number of references."""
+    most = max(map(len, references))
+    streams = [[refs[n].strip() if n < len(refs) else None for refs in references] for n in range(most)]
+    return float(sacrebleu.corpus_bleu(predictions, streams).score)
+
+
+def write_predictions(file: Path, predictions: list[Prediction]) -> None:
+    """One JSON object a prompt."""
+    lines = [json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False) for p in predictions]
+    write_text(file, "\n".join(lines) + "\n")

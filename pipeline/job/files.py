@@ -1,0 +1,27 @@
+"""The files that travel with the package: ds_configs/ and slurm/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.job.errors import JobError
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def shipped(folder: str) -> Path:
+    """The folder `ds_configs` or `slurm`: inside the installed package, or beside it in a checkout."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def memory_config(name: str) -> Path:
+    """The file that `memory.config` names: one of ds_configs/, or a path.
+
+    Raises:
+        JobError: there is no such file.
+    """
+    if (path := shipped("ds_configs") / name).is_file() or (path := Path(name)).is_file():
+        return path.resolve()
+    known = ", ".join(sorted(p.name for p in shipped("ds_configs").glob("*.json")))
+    raise JobError(f'memory.config: there is no file "{name}" in ds_configs/ or here. Use one of {known}, or a path.')

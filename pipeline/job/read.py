@@ -1,0 +1,178 @@
+"""TOML file -> `Job`. Reading touches no GPU, no network and no clock; every mistake becomes one `JobError`.
+
+Paths in a job are relative to the folder the command runs in, as with every shell tool; the resolved job holds absolute ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from pipeline.job.errors import JobError
+from pipeline.job.files import memory_config
+from pipeline.job.spec import Base, Evaluate, Job, Jsonl, Lora, Memory, TaskSection, Train
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "base": Base,
+    "methods": Lora,
+    "task": TaskSection,
+    "train": Train,
+    "evaluate": Evaluate,
+    "memory": Memory,
+}
+_TASK_KEYS = sorted({"kind", *TaskSection.model_fields, *Jsonl.model_fields})
+
+
+def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
+    """Reads, checks and resolves a job.
+
+    Args:
+        path: the TOML file.
+        overrides: `--set` texts such as "train.steps=20"; the value is read as TOML, or as text where that fails.
+
+    Raises:
+        JobError: naming file, key, value and repair.
+    """
+    if not path.is_file():
+        raise JobError(f"{path}: there is no such job file (looked in {path.absolute().parent}).")
+    try:
+        asked = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not valid TOML: {error}.") from None
+    for text in overrides:
+        _override(asked, text)
+    try:
+        job = Job.model_validate(asked)
+    except ValidationError as error:
+        raise JobError(f"{path}: {_explain(error, asked)}") from None
+    return _resolve(job, path)
+
+
+def job_digest(job: Job) -> str:
+    """sha256 of the resolved job in canonical JSON."""
+    canonical = json.dumps(job.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def job_toml(job: Job) -> str:
+    """The resolved job as TOML that `read_job` reads back to an equal job."""
+    return tomli_w.dumps(_without_none(job.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_none(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_without_none(item) for item in value]
+        case _:
+            return value
+
+
+def _override(asked: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise JobError(f'--set {text}: not of the form section.key=value, such as "train.steps=20".')
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *parents, last = key.strip().split(".")
+    place: Any = asked
+    for part in parents:
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise JobError(f"--set {text}: {part} is not one of the {len(place)} entries, counted from 0.")
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+    if not isinstance(place, dict):
+        raise JobError(f"--set {text}: {'.'.join(parents)} has no keys.")
+    place[last] = value
+
+
+def _explain(error: ValidationError, asked: dict[str, Any]) -> str:
+    """The first mistake, in words."""
+    problem = error.errors()[0]
+    path = _plain_path(problem["loc"], asked)
+    where = ".".join(path[:1]) + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in path[1:])
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _known_keys(path)
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+            hint = f'Did you mean "{near[0]}"?' if near else f"Known here: {', '.join(known)}."
+            return f"{where}: unknown key. {hint}"
+        case "missing":
+            return f"{where}: missing. Add it."
+        case "union_tag_invalid" | "union_tag_not_found":
+            found = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
+            return f"{where}.kind = {json.dumps(found)}: not a known kind. Use one of {problem['ctx']['expected_tags']}."
+        case "value_error":
+            return f"{where}: {problem['ctx']['error']}"
+        case _:
+            return f"{where} = {json.dumps(problem['input'], default=str)}: {_lower(problem['msg'])}."
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _plain_path(location: tuple[str | int, ...], asked: dict[str, Any]) -> list[str]:
+    """pydantic's location without the tags it adds for unions."""
+    plain: list[str] = []
+    place: Any = asked
+    for index, part in enumerate(location):
+        if isinstance(place, dict) and part not in place and index < len(location) - 1:
+            continue
+        plain.append(str(part))
+        if isinstance(place, dict):
+            place = place.get(str(part))
+        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
+            place = place[part]
+    return plain
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    if len(path) == 1:
+        return sorted(Job.model_fields)
+    if path[0] == "task":
+        return _TASK_KEYS
+    return sorted(_SECTIONS[path[0]].model_fields)
+
+
+def _resolve(job: Job, path: Path) -> Job:
+    """Names made absolute, files checked to be there."""
+    base = job.base
+    if Path(base.model).is_dir():
+        base = base.model_copy(update={"model": str(Path(base.model).resolve())})
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base.model) or base.model.startswith("."):
+        raise JobError(
+            f'{path}: base.model = "{base.model}": no such folder ({Path(base.model).absolute()}), and not a hub id '
+            "(name or owner/name). Correct the path; it is relative to the folder you run the command in."
+        )
+    task = job.task
+    for key in ("data", "valid", "test"):
+        value = getattr(task, key, None)
+        if value is None:
+            continue
+        if not Path(value).exists():
+            raise JobError(
+                f'{path}: task.{key} = "{value}": no such file or folder ({Path(value).absolute()}). '
+                "Correct the path; it is relative to the folder you run the command in."
+            )
+        task = task.model_copy(update={key: str(Path(value).resolve())})
+    memory = job.memory.model_copy(update={"config": str(memory_config(job.memory.config))})
+    return job.model_copy(update={"base": base, "task": task, "memory": memory})

@@ -1,0 +1,134 @@
+"""A job: what is asked, as frozen values. Every key of the TOML file is a field here, with its default and unit.
+
+In: nothing but the standard library and pydantic. Out: `Job` and its sections; each room is handed only its own section.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Split = Literal["train", "valid", "test"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Base(Section):
+    model: str
+    """Hugging Face hub id, or a folder with config.json and safetensors files."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the hub's default branch when absent."""
+    dtype: Dtype = "bf16"
+    """Of the base and of compute. The delta's master weights are always fp32."""
+
+
+class Lora(Section):
+    """Low-rank adaptation, W + (alpha / rank) B A (Hu et al. 2021, section 4)."""
+
+    kind: Literal["lora"]
+    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("q", "v")
+    """Roles (q k v o mlp_in mlp_out ...) or module paths such as "attn.c_proj"."""
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """On the input of A only. Keyed by example, so it does not depend on ranks or packing."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Of A. B starts at zero. The authors' code and PEFT draw Kaiming-uniform; the paper's text says Gaussian."""
+
+
+class TaskSection(Section):
+    data: str | None = None
+    """Folder or file. Absent: the hub's copy, where the task has one."""
+    separator: str | None = None
+    """Text between prompt and completion. Absent: the task's own."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What to do with an example longer than `train.max_tokens`. Truncation cuts the prompt from its left."""
+
+
+class E2E(TaskSection):
+    """E2E NLG challenge (Novikova et al. 2017): the official CSV files or the paper's tokenised text."""
+
+    kind: Literal["e2e"]
+
+
+class Jsonl(TaskSection):
+    """Your own JSON lines: {"prompt": "...", "completion": "..."}."""
+
+    kind: Literal["jsonl"]
+    data: str
+    """Folder with train.jsonl, valid.jsonl and test.jsonl, or the training file alone."""
+    valid: str | None = None
+    test: str | None = None
+
+
+Task = Annotated[E2E | Jsonl, Field(discriminator="kind")]
+
+
+class Train(Section):
+    batch_examples: PositiveInt = 8
+    """Examples of one optimizer step over all ranks."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens of one forward pass on one rank: the memory knob. Never changes the result."""
+    packing: bool = True
+    """Lay the examples of a micro-batch end to end instead of padding them. Never changes the result."""
+    max_tokens: PositiveInt | None = None
+    """Longest example. Absent: the base's context."""
+    epochs: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    adam_eps: PositiveFloat = 1e-8
+    clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """The base's own dropout. Off by default, as in the paper's code."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    save_every_steps: PositiveInt = 500
+    """The delta is written this often and at the end."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both given. Keep one of them.")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("warmup_steps and warmup_ratio are both given. Keep one of them.")
+        return self
+
+
+class Evaluate(Section):
+    split: Split = "valid"
+    """Scored during training. `zlora evaluate` scores the test split unless told otherwise."""
+    at_start: bool = False
+    """Also score the base before the first step."""
+    every_steps: PositiveInt | None = None
+    """Also score this often; the end of training always is."""
+    max_prompts: PositiveInt | None = None
+    """Score the first so many prompts only."""
+    max_new_tokens: PositiveInt = 64
+    batch_prompts: PositiveInt = 32
+    """Prompts generated together on one rank."""
+
+
+class Memory(Section):
+    config: str = "zero3.json"
+    """A file of ds_configs/, or a path."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Job(Section):
+    base: Base
+    methods: Annotated[tuple[Lora, ...], Field(min_length=1, strict=False)]
+    task: Task
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    memory: Memory = Memory()

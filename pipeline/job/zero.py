@@ -1,0 +1,51 @@
+"""A file of ds_configs/ -> the one DeepSpeed dict. No key is set in two places.
+
+A ds_configs file holds memory and communication only; batch, precision, optimizer and schedule belong to the job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.job.errors import JobError
+
+_ALLOWED = {"zero_optimization", "comms_logger", "communication_data_type"}
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """0 (the base whole on every rank) or 3 (the base sharded over all ranks)."""
+    return int(config["zero_optimization"]["stage"])
+
+
+def deepspeed_config(path: Path) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`.
+
+    Raises:
+        JobError: the file is not JSON, sets what belongs to the job, or asks for a stage that shards nothing here.
+    """
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise JobError(f"{path}: not a readable JSON file: {error}.") from None
+    if foreign := sorted(set(asked) - _ALLOWED):
+        raise JobError(
+            f"{path}: {foreign[0]}: does not belong in a memory configuration. "
+            f"Set it in the job; here are only {', '.join(sorted(_ALLOWED))}."
+        )
+    stage = asked.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 3):
+        raise JobError(
+            f"{path}: zero_optimization.stage = {json.dumps(stage)}: with a frozen base, stages 1 and 2 shard nothing. "
+            "Use 3 (base sharded over all ranks) or 0 (base whole on every rank)."
+        )
+    return {
+        **asked,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips at 1.0 unless told not to; clipping is done in train/step.py.
+        "gradient_clipping": 0.0,
+        "steps_per_print": sys.maxsize,
+    }

@@ -1,0 +1,51 @@
+"""What is trained: each method of the job put onto the model, and its tensors by name.
+
+Saving, counting, optimising and resuming read `Delta` and need no method-specific code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.job.errors import JobError
+from pipeline.job.spec import Lora
+from pipeline.methods.dropout import DropoutClock
+from pipeline.methods.lora import AdaptedLinear, attach_lora
+from pipeline.model.families import Family
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The trained tensors: fp32, whole on every rank, equal on every rank, outside ZeRO's hands."""
+
+    adapted: tuple[AdaptedLinear, ...]
+    clock: DropoutClock
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> trained tensor, in model order."""
+        return {
+            f"{adapted.module}.{branch.first_row}.{key}": tensor
+            for adapted in self.adapted
+            for branch in adapted.branches
+            for key, tensor in (("a", branch.a), ("b", branch.b))
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Trained elements."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+
+def attach(model: nn.Module, family: Family, methods: tuple[Lora, ...], seed: int, device: torch.device) -> Delta:
+    """Puts the job's methods onto the model.
+
+    Raises:
+        JobError: a target that is not there, or two methods of one kind.
+    """
+    if len(methods) > 1:
+        raise JobError(f"methods: lora is listed {len(methods)} times. List it once, with all its targets.")
+    clock = DropoutClock(seed)
+    return Delta(tuple(attach_lora(model, family, methods[0], clock, seed, device)), clock)

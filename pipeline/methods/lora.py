@@ -1,0 +1,160 @@
+"""LoRA (Hu et al. 2021, equation 3): h = W x + (alpha / r) B A x, W frozen, A random, B zero at the start.
+
+In: the roles to adapt. Out: branches on the model's frozen linear maps, and the same pairs in PEFT's form.
+A fused projection (GPT-2's q, k, v in one matrix) has one branch per adapted role; for PEFT they become one pair of rank
+r x branches, B block-diagonal with zero rows for the rest and alpha multiplied likewise, which is exactly the same map.
+
+Shapes: x [..., K], A [R, K], B [P, R] with P the role's output rows, output [..., D].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.job.errors import JobError
+from pipeline.job.spec import Lora
+from pipeline.methods.dropout import DropoutClock, keyed_dropout
+from pipeline.model.families import Family
+from pipeline.model.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class LoraBranch:
+    """One adapted role of one linear map. Its tensors are not registered with the module: ZeRO-3 must not shard them."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    first_row: int
+    dropout: float
+    layer: int
+    clock: DropoutClock
+
+    def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x = keyed_dropout(x, self.dropout, self.clock, self.layer)
+        share = nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype) * self.scale)
+        if share.shape == output.shape:
+            return output + share
+        rows = output.narrow(-1, self.first_row, share.shape[-1])
+        rows += share
+        return output
+
+
+@dataclass(frozen=True)
+class PeftPair:
+    """One pair as PEFT stores it for a whole module: A [R, K], B [D, R], W + (alpha / R) B A."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """The branches of one linear map, in the order of their rows."""
+
+    module: str
+    linear: FrozenLinear
+    branches: tuple[LoraBranch, ...]
+
+
+def attach_lora(model: nn.Module, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device) -> list[AdaptedLinear]:
+    """Puts a branch on every target of every layer. A is drawn from (seed, name), so every rank draws the same.
+
+    Raises:
+        JobError: a target that the model does not have, with those that it has.
+    """
+    adapted = []
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
+    }
+    for place, (name, runs) in enumerate(_targets(linears, family, method.targets).items()):
+        linear = linears[name]
+        branches = tuple(
+            LoraBranch(
+                a=_draw(method, f"{name}:{first}", linear.in_features, seed).to(device).requires_grad_(),
+                b=torch.zeros(rows, method.rank, device=device).requires_grad_(),
+                scale=method.alpha / method.rank,
+                first_row=first,
+                dropout=method.dropout,
+                layer=place,
+                clock=clock,
+            )
+            for first, rows in sorted(runs)
+        )
+        linear.branches.extend(branches)
+        adapted.append(AdaptedLinear(name, linear, branches))
+    return adapted
+
+
+def to_peft(adapted: AdaptedLinear) -> PeftPair:
+    """The branches of one module as the one pair that PEFT knows."""
+    branches, linear = adapted.branches, adapted.linear
+    b = torch.zeros(linear.out_features, sum(branch.a.shape[0] for branch in branches))
+    column = 0
+    for branch in branches:
+        rows, rank = branch.b.shape
+        b[branch.first_row : branch.first_row + rows, column : column + rank] = branch.b.detach()
+        column += rank
+    a = torch.cat([branch.a.detach().cpu() for branch in branches])
+    return PeftPair(a, b, column, branches[0].scale * column)
+
+
+def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Copies a stored pair into the branches.
+
+    Raises:
+        ValueError: the pair has another shape.
+    """
+    rank = sum(branch.a.shape[0] for branch in adapted.branches)
+    if a.shape != (rank, adapted.linear.in_features) or b.shape != (adapted.linear.out_features, rank):
+        raise ValueError(f"{adapted.module}: A {list(a.shape)} and B {list(b.shape)} are not of the job's rank and targets")
+    column = 0
+    with torch.no_grad():
+        for branch in adapted.branches:
+            rows, rank = branch.b.shape
+            branch.a.copy_(a[column : column + rank])
+            branch.b.copy_(b[branch.first_row : branch.first_row + rows, column : column + rank])
+            column += rank
+
+
+def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+    """Module name -> runs (first row, rows) to adapt, modules in model order."""
+    chosen: dict[str, list[tuple[int, int]]] = {}
+    for target in targets:
+        if role := family.roles.get(target):
+            names = [name for name in linears if name.endswith(f".{role.module}")]
+        else:
+            names = [name for name in linears if name == target or name.endswith(f".{target}")]
+        if not names:
+            paths = sorted({name.split(".", family.layers.count(".") + 2)[-1] for name in linears})
+            raise JobError(
+                f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(family.roles)}; '
+                f"or name a module: {', '.join(paths)}."
+            )
+        for name in names:
+            rows = linears[name].out_features // (role.parts if role else 1)
+            run = (rows * role.part if role else 0, rows)
+            if any(run[0] < first + count and first < run[0] + run[1] for first, count in chosen.get(name, [])):
+                raise JobError(f'methods[0].targets: "{target}" names rows of {name} that another target names too. Keep one of them.')
+            chosen.setdefault(name, []).append(run)
+    return {name: chosen[name] for name in linears if name in chosen}
+
+
+def _draw(method: Lora, name: str, columns: int, seed: int) -> torch.Tensor:
+    """A [R, K]. Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(K); the Gaussian option has that variance."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    a = torch.empty(method.rank, columns)
+    if method.init == "gaussian":
+        return a.normal_(0.0, 1.0 / math.sqrt(3 * columns), generator=generator)
+    bound = 1.0 / math.sqrt(columns)
+    return a.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,73 @@
+"""A base's architecture from its config, with no weights: every parameter on `meta`, every linear map frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from pipeline.job.errors import JobError
+from pipeline.model import attention
+from pipeline.model.families import Family, family_of
+from pipeline.model.head import Head
+from pipeline.model.linear import freeze_linears
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The base's config.json.
+
+    Raises:
+        JobError: missing or unreadable.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise JobError(f"{folder}: its config.json cannot be read ({str(error).splitlines()[0]}). Fetch the base again.") from None
+
+
+def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Family]:
+    """The causal language model of a config, on `meta`; constant buffers (rotary frequencies) are real.
+
+    Args:
+        dropout: probability of the base's own dropouts.
+    """
+    family = family_of(config)
+    for key in family.dropouts:
+        setattr(config, key, dropout)
+    attention.register()
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model.tie_weights()
+    model.lm_head = Head(model.lm_head)
+    freeze_linears(model)
+    model.requires_grad_(False)
+    return model, family
+
+
+def require_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype, if this device computes in it.
+
+    Raises:
+        JobError: bf16 on a GPU without it (V100 and older).
+    """
+    if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise JobError(f'base.dtype = "bf16": {name} does not compute in bf16. Use "fp16" (loss scaling is automatic) or "fp32".')
+    return TORCH_DTYPES[dtype]
+
+
+def checkpointed(model: PreTrainedModel, family: Family) -> None:
+    """Recomputes each layer in the backward pass.
+
+    Reentrant: under ZeRO-3 it gathers a layer once or twice, non-reentrant 19 to 38 times. It needs an input with a gradient,
+    which frozen embeddings do not give: their output is made a leaf that has one.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    embeddings: nn.Module = model.get_submodule(family.body).get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True) if torch.is_grad_enabled() else output)

@@ -1,0 +1,60 @@
+"""The root module that ZeRO-3's hooks stand on: a frozen causal language model with one way in for each use.
+
+Scoring runs the body over a micro-batch and the vocabulary projection only where there is a label; decoding continues a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from pipeline.model.attention import no_mask
+from pipeline.model.families import Family
+from pipeline.tasks.batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One pass of generation. B prompts, T new tokens each (all of the prompt at first, one afterwards), S seen in all."""
+
+    tokens: torch.Tensor
+    """[B, T]"""
+    mask: torch.Tensor
+    """[B, S] 1 where a token is real; padding stands on the left."""
+    positions: torch.Tensor
+    """[B, T]"""
+    cache: Cache
+
+
+class Causal(nn.Module):
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self._body = family.body
+
+    def forward(self, batch: MicroBatch | None = None, decode: Decode | None = None, smoothing: float = 0.0) -> tuple[torch.Tensor, ...]:
+        """For a batch: sums of the smoothed and the plain loss over its labels. For a decode: the last position's logits [B, V]."""
+        body = self.model.get_submodule(self._body)
+        if batch is not None:
+            output = body(
+                input_ids=batch.tokens,
+                position_ids=batch.positions,
+                attention_mask=no_mask(batch.layout, batch.tokens.device),
+                layout=batch.layout,
+                use_cache=False,
+            )
+            hidden = output.last_hidden_state.flatten(0, 1)[batch.label_index]
+            return self.model.lm_head(hidden, labels=batch.labels, smoothing=smoothing)
+        if decode is None:
+            raise TypeError("Causal needs a batch or a decode")
+        output = body(
+            input_ids=decode.tokens,
+            position_ids=decode.positions,
+            attention_mask=decode.mask,
+            past_key_values=decode.cache,
+            use_cache=True,
+        )
+        return (self.model.lm_head(output.last_hidden_state[:, -1]),)

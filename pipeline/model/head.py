@@ -1,0 +1,69 @@
+"""The vocabulary projection and its loss, computed only where there is a label, with no logits kept for the backward pass.
+
+The head is frozen, so the gradient with respect to the hidden states is known in the forward pass: it is computed there, in
+runs of rows, and the backward pass only scales it. Under ZeRO-3 that also spares a second gather of the vocabulary matrix.
+
+Loss per token: (1 - e) (-log p_y) + e mean_v(-log p_v), e the label smoothing, as in the LoRA paper's code.
+Shapes: hidden [M, D], labels [M], weight [V, D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.model.linear import FrozenLinear
+
+_CHUNK_LOGITS = 1 << 25
+"""Elements of the logits held at a time: 128 MiB in fp32."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        smoothing: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        vocabulary = weight.shape[0]
+        rows = max(1, _CHUNK_LOGITS // vocabulary)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        nll = torch.zeros_like(loss)
+        wanted = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        gradient = torch.empty_like(hidden) if wanted else None
+        for first in range(0, len(labels), rows):
+            part, label = hidden[first : first + rows], labels[first : first + rows, None]
+            log_p = nn.functional.linear(part, weight, bias).float().log_softmax(-1)
+            part_nll = -log_p.gather(1, label).sum()
+            nll += part_nll
+            loss += (1.0 - smoothing) * part_nll
+            if smoothing:
+                loss -= smoothing / vocabulary * log_p.sum()
+            if gradient is not None:
+                slope = log_p.exp_().sub_(smoothing / vocabulary)
+                slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
+                gradient[first : first + rows] = slope.to(part.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+
+
+class Head(FrozenLinear):
+    """The model's last linear map: logits, or the summed loss where labels are given."""
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Without labels: logits [..., V]. With labels: (sum of the smoothed loss, sum of the plain loss), fp32 scalars."""
+        if labels is None:
+            return super().forward(x)
+        return _HeadLoss.apply(x, labels, self.weight, self.bias, smoothing)

@@ -1,0 +1,45 @@
+"""Names of parameters in a model <-> names of tensors in its checkpoint: exact, or without the body's prefix (hub GPT-2)."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from pipeline.job.errors import JobError
+from pipeline.model.families import Family
+from pipeline.weights.index import Checkpoint, Entry
+
+
+def match_names(model: PreTrainedModel, family: Family, checkpoint: Checkpoint) -> dict[str, Entry]:
+    """The checkpoint entry of every parameter, tied ones once under their first name.
+
+    Raises:
+        JobError: a parameter without a tensor, a tensor without a parameter, or one of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    matched: dict[str, Entry] = {}
+    used: set[str] = set()
+    for name, parameter in parameters.items():
+        for candidate in (name, name.removeprefix(f"{family.body}."), f"{family.body}.{name}"):
+            if entry := checkpoint.entries.get(candidate):
+                break
+        else:
+            # A tied tensor may be stored under its other name only.
+            entry = next((checkpoint.entries[t] for t in tied if t in checkpoint.entries and _same(model, t, name)), None)
+        if entry is None:
+            raise JobError(f'{checkpoint.folder}: no tensor for parameter "{name}". Is config.json that of these weights?')
+        if entry.shape != tuple(parameter.shape):
+            raise JobError(
+                f'{entry.file}: tensor "{entry.name}" has shape {list(entry.shape)}, the config asks for {list(parameter.shape)}. '
+                "Is config.json that of these weights?"
+            )
+        matched[name] = entry
+        used.add(entry.name)
+    for name in checkpoint.entries:
+        if name not in used and name not in tied and not name.endswith(family.ignored):
+            raise JobError(f'{checkpoint.folder}: tensor "{name}" has no place in a {model.config.model_type}. Is config.json that of these weights?')
+    return matched
+
+
+def _same(model: PreTrainedModel, one: str, other: str) -> bool:
+    return model.get_parameter(one) is model.get_parameter(other)

@@ -1,0 +1,71 @@
+"""The one place that knows partitioned parameters: makes them from shapes alone, fills them, releases them.
+
+A ZeRO-3 parameter of n elements on W ranks is W equal runs of ceil(n / W) elements of the flattened tensor; rank r holds run r
+in `ds_tensor`, the last runs padded with zeros. Written against deepspeed 0.19.8: `_convert_to_deepspeed_param` is private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from torch import nn
+
+Fill = Callable[[int, torch.Tensor], None]
+"""(first element, destination 1-D tensor) -> writes the elements from there on into the destination."""
+
+
+class Partitioner:
+    """Makes ZeRO-3 parameters that were never whole."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
+        # Constructed, not entered: entering would hook every module's constructor.
+        self._init = Init(config_dict_or_path=config, dtype=dtype)
+        self._dtype = dtype
+
+    def parameter(self, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
+        """A frozen partitioned parameter; `fill` is asked for this rank's run only."""
+        numel = torch.Size(shape).numel()
+        parameter = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
+        self._init._convert_to_deepspeed_param(parameter)
+        ranks, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
+        run = -(-numel // ranks)
+        first = min(run * rank, numel)
+        held = min(run, numel - first)
+        remote = self._init.remote_device
+        shard = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
+        if shard.device.type == "cpu" and self._init.pin_memory:
+            shard = shard.pin_memory()
+        fill(first, shard[:held])
+        shard[held:].zero_()
+        shard.ds_numel = run
+        shard.status = PartitionedParamStatus.AVAILABLE
+        shard.final_location = None
+        parameter.ds_shape = torch.Size(shape)
+        parameter.ds_numel = numel
+        parameter.ds_numel_aligned = run * ranks
+        parameter.ds_tensor = shard
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        return parameter
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole shape, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numel_of(parameter: nn.Parameter) -> int:
+    """Elements of the whole tensor, partitioned or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shard_of(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter between steps."""
+    return getattr(parameter, "ds_tensor", parameter.data)
+
+
+def shard_bytes(model: nn.Module) -> int:
+    """Bytes of the base that this rank holds between steps."""
+    return sum(shard_of(p).numel() * shard_of(p).element_size() for p in model.parameters())

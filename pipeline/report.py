@@ -1,0 +1,81 @@
+"""The short tables of a run: what is about to be trained, how it scores, where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate.score import Scores
+from pipeline.job.spec import Job
+from pipeline.methods.attach import Delta
+from pipeline.model.causal import Causal
+from pipeline.model.load import LoadedBase
+from pipeline.model.zero3 import shard_bytes
+from pipeline.screen import Screen
+from pipeline.train.engine import Ranks
+from pipeline.train.loop import Course
+
+_SHOWN = 3
+_RECORDED = 10
+
+
+def show_start(
+    screen: Screen, run: Path, job: Job, base: LoadedBase, delta: Delta, root: Causal, ranks: Ranks, course: Course, too_long: int
+) -> None:
+    """What is about to happen."""
+    frozen, trained = base.parameters, delta.parameters
+    where = f"{ranks.count} x {ranks.device.type.upper()}"
+    lengths = f"{course.steps:,} of {job.train.batch_examples} examples, {len(course.sequences):,} examples in all"
+    rows = [
+        ("base", f"{job.base.model} ({job.base.dtype}, loaded in {base.load_s:.1f} s)"),
+        ("frozen", f"{frozen:,} parameters"),
+        ("trained", f"{trained:,} parameters ({100 * trained / frozen:.2f} %)"),
+        ("per rank", f"{size_text(shard_bytes(root))} of the base, {size_text(trained * 16)} of the delta, on {where}"),
+        ("steps", lengths),
+    ]
+    if too_long:
+        rows.append(("too long", f"{too_long:,} examples: {'truncated' if job.task.too_long == 'truncate' else 'dropped'}"))
+    if job.train.dropout:
+        rows.append(("dropout", "the base's own is on: reproducible on the same number of ranks only"))
+    screen.table(str(run), rows)
+
+
+def show_scores(screen: Screen, title: str, scores: Scores) -> None:
+    """Metrics, and the first few texts beside a reference."""
+    rows = [(name, f"{value:.2f}") for name, value in scores.metrics.items()]
+    for prediction in scores.predictions[:_SHOWN]:
+        rows += [
+            ("prompt", prediction.prompt),
+            ("generated", prediction.prediction or "(nothing)"),
+            ("reference", prediction.references[0]),
+        ]
+    screen.table(title, rows)
+
+
+def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any]) -> None:
+    """What came out and where it is."""
+    rows = [
+        ("time", f"{result['seconds']:.0f} s for {result['steps']:,} steps"),
+        ("loss", f"{result['loss']:.4f} at the last step"),
+        ("peak memory", f"{size_text(result['peak_memory_bytes'])} on the first rank"),
+        ("delta", str(run / "delta")),
+        ("TensorBoard", f"tensorboard --logdir {run / 'tensorboard'}"),
+        ("score it", f"zlora evaluate {run}"),
+        ("merge it", f"zlora merge {job.base.model} {run / 'delta'} --out MERGED"),
+    ]
+    if result["skipped_steps"]:
+        rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (fp16 gradients out of range)"))
+    screen.table("done", rows)
+
+
+def markdown(scores: Scores) -> str:
+    """Samples for TensorBoard."""
+    return "\n\n---\n\n".join(
+        f"**prompt** {p.prompt}\n\n**generated** {p.prediction}\n\n**reference** {p.references[0]}"
+        for p in scores.predictions[:_RECORDED]
+    )
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

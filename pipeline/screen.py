@@ -1,0 +1,101 @@
+"""What a person sees: one progress bar, short tables, no library's warnings, nothing twice.
+
+On a rank, everything that libraries print (file descriptors 1 and 2) goes to `logs/rank<N>.txt`; the first rank keeps the
+terminal for what is written through `Screen`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+_LINE_EVERY_S = 10.0
+
+
+class Screen:
+    """A console for people. On all ranks but the first it shows nothing."""
+
+    def __init__(self, stream: TextIO, shown: bool = True) -> None:
+        width = None if stream.isatty() else 120
+        self._console = Console(file=stream, quiet=not shown, highlight=False, width=width, soft_wrap=not stream.isatty())
+
+    def print(self, text: str = "") -> None:
+        self._console.print(text, markup=False)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Two columns: what, and its value."""
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+        for name, value in rows:
+            table.add_row(f"  {name}", value)
+        self._console.print(table)
+
+    def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:
+        """Iterates with a bar that goes away when done."""
+        items = list(items)
+        with self._bar("{task.description}", transient=True) as bar:
+            task = bar.add_task(label, total=len(items))
+            for item in items:
+                yield item
+                bar.advance(task)
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[StepBar]:
+        """The bar of the training loop."""
+        with self._bar("training", MofNCompleteColumn(), TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s")) as bar:
+            yield StepBar(bar, self._console, steps)
+
+    def _bar(self, label: str, *columns: MofNCompleteColumn | TextColumn, transient: bool = False) -> Progress:
+        return Progress(
+            TextColumn(label),
+            BarColumn(),
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=transient,
+            disable=not self._console.is_terminal,
+        )
+
+
+class StepBar:
+    """A bar on a terminal; elsewhere (a Slurm log, a pipe) a line now and then."""
+
+    def __init__(self, bar: Progress, console: Console, steps: int) -> None:
+        self._bar, self._console, self._steps = bar, console, steps
+        self._task = bar.add_task("", total=steps, loss="-", speed="-")
+        self._start = self._said = time.monotonic()
+
+    def update(self, done: int, loss: float, tokens_per_s: float) -> None:
+        """Shows that `done` steps are finished; the rate counts all tokens but padding."""
+        self._bar.update(self._task, completed=done, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._said > _LINE_EVERY_S or done == self._steps):
+            left = (now - self._start) / done * (self._steps - done)
+            self._console.print(f"step {done}/{self._steps} · loss {loss:.4f} · {tokens_per_s:,.0f} tokens/s · {left:.0f} s left")
+            self._said = now
+
+
+def take_terminal(logs: Path, rank: int) -> tuple[TextIO, TextIO]:
+    """Sends this process's standard output and error to `logs/rank<N>.txt`; returns the terminal's two."""
+    logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, error = (os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace", buffering=1) for fd in (1, 2))
+    log = os.open(logs / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return out, error
+
+

@@ -1,0 +1,65 @@
+"""Which examples a step has, and which rank computes which: pure functions, the same on every rank.
+
+Position p of the stream of examples is entry p mod n of epoch p div n's permutation, so a position counter is all the state
+there is. A step is the next `batch_examples` positions; nothing needs to divide evenly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=2)
+def _permutation(examples: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    return torch.randperm(examples, generator=generator).tolist()
+
+
+def example_at(position: int, examples: int, seed: int) -> int:
+    """The index of the example at a position of the endless stream."""
+    epoch, place = divmod(position, examples)
+    return _permutation(examples, seed, epoch)[place]
+
+
+def total_steps(examples: int, batch_examples: int, epochs: float | None, steps: int | None) -> int:
+    """Optimizer steps of the whole training; epochs run into one another, so only the very last step may be smaller."""
+    return steps if steps is not None else math.ceil(round(examples * (epochs or 1.0)) / batch_examples)
+
+
+def step_examples(step: int, batch_examples: int, examples: int, seed: int, epochs: float | None) -> list[int]:
+    """The examples of a step (counted from 0), in stream order."""
+    end = (step + 1) * batch_examples
+    if epochs is not None:
+        end = min(end, round(examples * epochs))
+    return [example_at(position, examples, seed) for position in range(step * batch_examples, end)]
+
+
+def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:
+    """Deals the examples of a step to ranks and micro-batches, longest first, each to the least filled.
+
+    Args:
+        lengths: tokens of each example of the step.
+        limit_tokens: of one micro-batch; a packed one costs the sum of its lengths, a padded one count x longest.
+
+    Returns:
+        [rank][micro-batch] -> indices into `lengths`. Every rank gets the same number of micro-batches, as ZeRO-3's
+        collectives need; some may be empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    rounds = max(1, math.ceil(sum(lengths) / (ranks * limit_tokens)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(ranks * rounds)]
+        heap = [(0, place) for place in range(len(bins))]
+        for index in order:
+            filled, place = heapq.heappop(heap)
+            bins[place].append(index)
+            # Longest first: the first example of a bin is its longest.
+            filled = filled + lengths[index] if packed else lengths[bins[place][0]] * len(bins[place])
+            heapq.heappush(heap, (filled, place))
+        if max(heap)[0] <= limit_tokens or rounds >= len(lengths):
+            return [[sorted(bins[micro * ranks + rank]) for micro in range(rounds)] for rank in range(ranks)]
+        rounds += 1

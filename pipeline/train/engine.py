@@ -1,0 +1,72 @@
+"""Ranks and DeepSpeed: the process group, and ZeRO-3's hooks on the frozen base. The only `deepspeed.initialize`.
+
+DeepSpeed is given no optimizer: it shards, gathers, prefetches and releases the base, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.job.zero import zero_stage
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    count: int
+    local: int
+    """Rank on its machine."""
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def join_ranks() -> Ranks:
+    """Joins the process group that the environment describes (ours, torchrun's or Slurm's)."""
+    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    rendezvous = os.environ.get("ZLORA_RENDEZVOUS", "env://")
+    dist.init_process_group("nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=_TIMEOUT)
+    # DeepSpeed would compile a shared-memory all-reduce here, which needs a compiler and a minute, and which nothing below calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Ranks(rank, count, local, device)
+
+
+def leave_ranks() -> None:
+    """Ends the process group: without it a finished run can abort on its way out."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """The root module with ZeRO-3's hooks, or as it is where the base is whole on every rank."""
+
+    def __init__(self, root: nn.Module, zero: dict[str, Any]) -> None:
+        self.root = root
+        self._offload = deepspeed.initialize(model=root, config=zero)[0].optimizer if zero_stage(zero) == 3 else None
+
+    def after_backward(self) -> None:
+        """Releases blocks whose post-backward hook never fired: their input needs no gradient."""
+        if self._offload is not None:
+            self._offload.release_backward_leftovers()
+
+    def release(self) -> None:
+        """Back to shards only. Evaluation leaves weights gathered; nothing else may count on that."""
+        if self._offload is not None:
+            self._offload.partition_all_parameters()

@@ -1,0 +1,84 @@
+"""Nothing is done until it is renamed into place: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.job.errors import JobError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by a file with this text, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Refuses a destination that already holds something.
+
+    Raises:
+        JobError: `folder` is a file, or a folder that is not empty.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        raise JobError(f"{folder}: already there and not empty. Choose another folder, or remove it first.")
+
+
+@contextmanager
+def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder`; becomes `folder` when the block ends well, vanishes when it does not.
+
+    Args:
+        replace: an older `folder` gives way; without it `folder` must be absent or empty.
+    """
+    if not replace:
+        refuse_filled(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    try:
+        os.chmod(partial, 0o755)
+        yield partial
+        for file in partial.rglob("*"):
+            _fsync(file)
+        _fsync(partial)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
+            os.replace(folder, retired)
+            os.replace(partial, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(partial, folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,113 @@
+"""Our delta on disk: a folder that PEFT loads as it is, and a manifest that says what it belongs to.
+
+`adapter_model.safetensors` (the trained tensors, fp32), `adapter_config.json` (as PEFT reads it), `manifest.json` (base and job
+digests, counts, sha256, and for every adapted module the checkpoint tensor it adds to), written last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.job.errors import JobError
+from pipeline.weights.atomic import new_folder, write_json
+from pipeline.weights.digest import sha256_of
+
+SCHEMA_VERSION = 1
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted linear map."""
+
+    name: str
+    """In the model."""
+    tensor: str
+    """In the base's checkpoint."""
+    transposed: bool
+    """The checkpoint stores [in, out], as GPT-2's Conv1D does."""
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    base: str
+    """What the job named."""
+    base_digest: str
+    base_files: dict[str, str]
+    """sha256 of each weight file."""
+    job_digest: str
+    step: int
+    parameters: int
+    modules: tuple[Module, ...]
+    sha256: str
+    """Of the tensor file."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def keys_of(module: str) -> tuple[str, str]:
+    """PEFT's names of a module's A and B."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def write_delta(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Writes a delta, whole or not at all; an older one in its place gives way.
+
+    Args:
+        manifest: the fields of `Manifest` without `sha256`.
+    """
+    if empty := [name for name, tensor in tensors.items() if tensor.numel() == 0]:
+        raise AssertionError(f"refusing to write a delta with empty tensors: {empty[0]}")
+    with new_folder(folder, replace=True) as partial:
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        write_json(partial / CONFIG, config)
+        write_json(partial / MANIFEST, asdict(Manifest(**manifest, sha256=sha256_of(partial / TENSORS))))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises:
+    JobError: not a delta folder, or one whose manifest cannot be read."""
+    file = folder / MANIFEST
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields["schema_version"] != SCHEMA_VERSION:
+            raise JobError(f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it.")
+        fields["modules"] = tuple(Module(**module) for module in fields["modules"])
+        return Manifest(**fields)
+    except FileNotFoundError:
+        raise JobError(f"{folder}: no {MANIFEST} here, so this is not a delta. Name the delta/ folder of a run.") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise JobError(f"{file}: cannot be read ({error!r}). The delta is damaged; save it again.") from None
+
+
+def read_delta(folder: Path) -> tuple[Manifest, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The manifest and, by module name, A [R, K] and B [D, R].
+
+    Raises:
+        JobError: damaged or incomplete files.
+    """
+    manifest = read_manifest(folder)
+    file = folder / TENSORS
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
+    if sha256_of(file) != manifest.sha256:
+        raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")
+    pairs = {}
+    for module in manifest.modules:
+        a_key, b_key = keys_of(module.name)
+        if a_key not in tensors or b_key not in tensors:
+            raise JobError(f'{file}: no pair for module "{module.name}". The delta is damaged; save it again.')
+        pairs[module.name] = (tensors[a_key], tensors[b_key])
+    return manifest, pairs
