@@ -122,7 +122,12 @@ def _environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, st
         "ZLORA_RENDEZVOUS": f"file://{folder}/rendezvous",
         _FOLDER: str(folder),
     }
-    defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)), "TOKENIZERS_PARALLELISM": "false"}
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
+        # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if not gpus:
         # Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once.
         defaults |= {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}

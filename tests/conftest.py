@@ -1,0 +1,56 @@
+"""What several test files share: rank pools, small bases made on the spot, and the reference data where it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tests import bases
+from tests.ranks import Ranks
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory):
+    """Digests of test bases must not end up in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _pool(count):
+    @pytest.fixture(scope="session")
+    def pool():
+        ranks = Ranks(count)
+        yield ranks
+        ranks.stop()
+
+    return pool
+
+
+ranks1, ranks2, ranks3 = _pool(1), _pool(2), _pool(3)
+
+
+@pytest.fixture(scope="session")
+def gpt2_base(tmp_path_factory) -> Path:
+    """A random GPT-2 of 3 layers with a tokenizer of its own, fp32, one file."""
+    return bases.make_gpt2(tmp_path_factory.mktemp("bases") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory) -> Path:
+    """A random Llama of 3 layers with grouped heads and an untied head, fp32, in several shards."""
+    return bases.make_llama(tmp_path_factory.mktemp("bases") / "llama")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of published data sets beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the reference data sets are not at {SHARED}")
+    return SHARED
