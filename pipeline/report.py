@@ -71,8 +71,7 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any]) -> Non
 def markdown(scores: Scores) -> str:
     """Samples for TensorBoard."""
     return "\n\n---\n\n".join(
-        f"**prompt** {p.prompt}\n\n**generated** {p.prediction}\n\n**reference** {p.references[0]}"
-        for p in scores.predictions[:_RECORDED]
+        f"**prompt** {p.prompt}\n\n**generated** {p.prediction}\n\n**reference** {p.references[0]}" for p in scores.predictions[:_RECORDED]
     )
 
 

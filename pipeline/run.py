@@ -30,7 +30,7 @@ from pipeline.tasks.example import Example, Sequence
 from pipeline.tasks.open import has_split, read_examples, separator_text
 from pipeline.tasks.tokens import Tokens, fit
 from pipeline.train.board import Board
-from pipeline.train.engine import Engine, Ranks, join_ranks, leave_ranks
+from pipeline.train.engine import Engine, Ranks
 from pipeline.train.environment import environment
 from pipeline.train.loop import Course, run_course
 from pipeline.train.step import Stepper
@@ -163,9 +163,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     folder = _one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     config = read_config(folder)
     tokens = Tokens(folder, lambda end: separator_text(job.task, end))
-    base = load_base(
-        folder, config, dtype, ranks.device, zero, job.train.dropout, lambda names: screen.progress("loading the base", names)
-    )
+    base = load_base(folder, config, dtype, ranks.device, zero, job.train.dropout, lambda names: screen.progress("loading the base", names))
     if tokens.vocabulary > config.vocab_size:
         raise JobError(
             f"{folder}: the tokenizer has ids up to {tokens.vocabulary - 1}, the model only {config.vocab_size} embeddings. "

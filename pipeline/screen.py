@@ -97,5 +97,3 @@ def take_terminal(logs: Path, rank: int) -> tuple[TextIO, TextIO]:
     os.dup2(log, 2)
     os.close(log)
     return out, error
-
-

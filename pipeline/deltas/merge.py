@@ -20,7 +20,7 @@ from pipeline.weights.atomic import new_folder, refuse_filled, write_json
 from pipeline.weights.delta import Module, read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import INDEX_NAME, Checkpoint, Entry, header_of, open_checkpoint, read_header
-from pipeline.weights.read import Reader
+from pipeline.weights.read import Reader, byte_view
 
 SCHEMA_VERSION = 1
 CERTIFICATE = "merge.json"
@@ -46,9 +46,7 @@ class Addition:
         return (self.b[first:last] @ self.a) * scale
 
 
-def merge(
-    base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter
-) -> dict[str, Any]:
+def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter) -> dict[str, Any]:
     """Writes the merged checkpoint with tokenizer and config, and its certificate `merge.json`.
 
     Args:
@@ -130,7 +128,7 @@ def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Calla
         if not rounded.isfinite().all():
             raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
         error = max(error, float((rounded.float() - exact).abs().max()))
-        write(memoryview(rounded.contiguous().view(torch.uint8).numpy()).cast("B"))
+        write(byte_view(rounded))
     return error
 
 
@@ -158,4 +156,6 @@ def _refuse_misfit(checkpoint: Checkpoint, additions: dict[str, Addition], delta
         expected = shape[::-1] if addition.module.transposed else shape
         if entry is None or entry.shape != expected:
             found = "not there" if entry is None else f"of shape {list(entry.shape)}"
-            raise JobError(f'{delta}: adapts tensor "{name}" of shape {list(expected)}, which in {checkpoint.folder} is {found}. Name the right base.')
+            raise JobError(
+                f'{delta}: adapts tensor "{name}" of shape {list(expected)}, which in {checkpoint.folder} is {found}. Name the right base.'
+            )

@@ -78,5 +78,7 @@ def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:
 
 def write_predictions(file: Path, predictions: list[Prediction]) -> None:
     """One JSON object a prompt."""
-    lines = [json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False) for p in predictions]
+    lines = [
+        json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False) for p in predictions
+    ]
     write_text(file, "\n".join(lines) + "\n")

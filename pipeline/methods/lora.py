@@ -64,7 +64,9 @@ class AdaptedLinear:
     branches: tuple[LoraBranch, ...]
 
 
-def attach_lora(model: nn.Module, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device) -> list[AdaptedLinear]:
+def attach_lora(
+    model: nn.Module, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device
+) -> list[AdaptedLinear]:
     """Puts a branch on every target of every layer. A is drawn from (seed, name), so every rank draws the same.
 
     Raises:
@@ -72,9 +74,7 @@ def attach_lora(model: nn.Module, family: Family, method: Lora, clock: DropoutCl
     """
     adapted = []
     linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
+        name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
     }
     for place, (name, runs) in enumerate(_targets(linears, family, method.targets).items()):
         linear = linears[name]

@@ -12,8 +12,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.model.linear import FrozenLinear
-
 _CHUNK_LOGITS = 1 << 25
 """Elements of the logits held at a time: 128 MiB in fp32."""
 
@@ -57,13 +55,18 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
-class Head(FrozenLinear):
-    """The model's last linear map: logits, or the summed loss where labels are given."""
+class Head(nn.Module):
+    """The model's last linear map: logits, or the summed loss where labels are given. Takes over the original's parameters."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.weight = original.weight
+        self.bias = original.bias
 
     def forward(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Without labels: logits [..., V]. With labels: (sum of the smoothed loss, sum of the plain loss), fp32 scalars."""
         if labels is None:
-            return super().forward(x)
+            return nn.functional.linear(x, self.weight, self.bias)
         return _HeadLoss.apply(x, labels, self.weight, self.bias, smoothing)

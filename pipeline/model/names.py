@@ -37,7 +37,9 @@ def match_names(model: PreTrainedModel, family: Family, checkpoint: Checkpoint) 
         used.add(entry.name)
     for name in checkpoint.entries:
         if name not in used and name not in tied and not name.endswith(family.ignored):
-            raise JobError(f'{checkpoint.folder}: tensor "{name}" has no place in a {model.config.model_type}. Is config.json that of these weights?')
+            raise JobError(
+                f'{checkpoint.folder}: tensor "{name}" has no place in a {model.config.model_type}. Is config.json that of these weights?'
+            )
     return matched
 
 

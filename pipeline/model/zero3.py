@@ -28,14 +28,15 @@ class Partitioner:
     def parameter(self, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
         """A frozen partitioned parameter; `fill` is asked for this rank's run only."""
         numel = torch.Size(shape).numel()
-        parameter = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
+        # Any: DeepSpeed hangs its own attributes on parameters and shards.
+        parameter: Any = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
         ranks, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
         run = -(-numel // ranks)
         first = min(run * rank, numel)
         held = min(run, numel - first)
         remote = self._init.remote_device
-        shard = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
+        shard: Any = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
         if shard.device.type == "cpu" and self._init.pin_memory:
             shard = shard.pin_memory()
         fill(first, shard[:held])

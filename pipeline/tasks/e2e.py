@@ -34,9 +34,7 @@ def read_e2e(task: E2E, split: Split) -> list[Example]:
         return _from_csv(file)
     if (file := folder / _TEXT[split]).is_file():
         return _from_text(file)
-    raise JobError(
-        f"{folder}: no E2E {split} file. Put {_CSV[split]} (official) or {_TEXT[split]} (the paper's tokenised text) there."
-    )
+    raise JobError(f"{folder}: no E2E {split} file. Put {_CSV[split]} (official) or {_TEXT[split]} (the paper's tokenised text) there.")
 
 
 def linearise(meaning: str) -> str:

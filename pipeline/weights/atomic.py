@@ -18,15 +18,16 @@ def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file with this text, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        partial.chmod(0o644)
+        partial.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -58,18 +59,18 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
     try:
-        os.chmod(partial, 0o755)
+        partial.chmod(0o755)
         yield partial
         for file in partial.rglob("*"):
             _fsync(file)
         _fsync(partial)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
-            os.replace(folder, retired)
-            os.replace(partial, folder)
+            folder.replace(retired)
+            partial.replace(folder)
             shutil.rmtree(retired)
         else:
-            os.replace(partial, folder)
+            partial.replace(folder)
         _fsync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

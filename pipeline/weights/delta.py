@@ -81,7 +81,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         if fields["schema_version"] != SCHEMA_VERSION:
-            raise JobError(f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it.")
+            raise JobError(
+                f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it."
+            )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
         return Manifest(**fields)
     except FileNotFoundError:

@@ -25,7 +25,9 @@ def local_base(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise JobError(f'base.model = "{model}": neither a folder here nor a model on the hub ({_first_line(error)}). Correct the name.') from None
+        raise JobError(
+            f'base.model = "{model}": neither a folder here nor a model on the hub ({_first_line(error)}). Correct the name.'
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise JobError(
             f'base.model = "{model}": not in the cache here, and the hub cannot be reached ({_first_line(error)}). '

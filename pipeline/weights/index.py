@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,7 +113,7 @@ def read_header(file: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.start)
 
 
-def header_of(file: Path) -> tuple[dict, int]:
+def header_of(file: Path) -> tuple[dict[str, Any], int]:
     """The parsed header and the byte at which the data starts."""
     try:
         with file.open("rb") as stream:

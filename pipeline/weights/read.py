@@ -47,7 +47,7 @@ class Reader:
             out[begin : begin + piece.numel()].copy_(piece)
 
     def _read_bytes(self, entry: Entry, offset: int, out: torch.Tensor) -> None:
-        view = memoryview(out.view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        view = byte_view(out)
         descriptor = self._files.get(entry.file)
         if descriptor is None:
             descriptor = self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
@@ -58,3 +58,9 @@ class Reader:
                 raise JobError(f'{entry.file}: ends inside tensor "{entry.name}". Fetch the file again.')
             done += count
         self.bytes_read += done
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    # numpy knows no bfloat16, and its arrays are buffers though its types do not say so.
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")  # type: ignore[arg-type]

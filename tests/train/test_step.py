@@ -1,0 +1,61 @@
+"""A step means the same whatever the hardware: ranks, micro-batches, packing and ZeRO stage change nothing but rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.training import trained, write_job
+
+HARD = ("methods.0.dropout=0.2", "train.label_smoothing=0.1", "train.weight_decay=0.1", "train.clip_norm=0.5")
+"""Everything that could depend on how a step is cut up."""
+
+WAYS = [
+    pytest.param("ranks1", ("train.micro_batch_tokens=64",), id="1 rank x many micro-batches"),
+    pytest.param("ranks2", (), id="2 ranks x 1"),
+    pytest.param("ranks2", ("train.micro_batch_tokens=64",), id="2 ranks x several"),
+    pytest.param("ranks2", ("train.packing=false",), id="2 ranks padded"),
+    pytest.param("ranks1", ("train.packing=false", "train.micro_batch_tokens=128"), id="1 rank padded, several"),
+    pytest.param("ranks1", ("memory.config=zero0.json",), id="1 rank, stage 0"),
+    pytest.param("ranks2", ("memory.config=zero0.json", "train.packing=false"), id="2 ranks, stage 0, padded"),
+    pytest.param("ranks2", ("memory.gradient_checkpointing=true",), id="2 ranks, gradient checkpointing"),
+]
+
+
+@pytest.fixture(scope="module", params=["gpt2_base", "llama_base"])
+def job(request, tmp_path_factory):
+    return write_job(tmp_path_factory.mktemp("step"), request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module")
+def reference(job, ranks1, tmp_path_factory):
+    return trained(ranks1, job, tmp_path_factory.mktemp("reference") / "run", *HARD)
+
+
+@pytest.mark.parametrize(("pool", "changes"), WAYS)
+def test_losses_and_weights_are_the_same(pool, changes, job, reference, request, tmp_path):
+    other = trained(request.getfixturevalue(pool), job, tmp_path / "run", *HARD, *changes)
+    np.testing.assert_allclose(other.losses, reference.losses, rtol=2e-6)
+    assert other.tensors.keys() == reference.tensors.keys()
+    for name, tensor in reference.tensors.items():
+        np.testing.assert_allclose(other.tensors[name], tensor, atol=2e-5, err_msg=name)
+
+
+def test_dropout_and_smoothing_do_something(job, reference, ranks1, tmp_path):
+    plain = trained(ranks1, job, tmp_path / "run")
+    assert abs(plain.losses[1] - reference.losses[1]) > 1e-3
+
+
+def test_nothing_needs_to_divide(job, ranks1, ranks3, tmp_path):
+    alone = trained(ranks1, job, tmp_path / "alone", "train.batch_examples=20", "train.steps=3")
+    three = trained(ranks3, job, tmp_path / "three", "train.batch_examples=20", "train.steps=3")
+    np.testing.assert_allclose(three.losses, alone.losses, rtol=2e-6)
+    assert [row["examples"] for row in three.steps] == [20, 20, 20]
+
+
+def test_a_rank_with_nothing_to_do_takes_part(job, ranks1, ranks3, tmp_path):
+    alone = trained(ranks1, job, tmp_path / "alone", "train.batch_examples=2")
+    three = trained(ranks3, job, tmp_path / "three", "train.batch_examples=2")
+    np.testing.assert_allclose(three.losses, alone.losses, rtol=2e-6)
+    for name, tensor in alone.tensors.items():
+        np.testing.assert_allclose(three.tensors[name], tensor, atol=2e-5, err_msg=name)

@@ -1,0 +1,73 @@
+"""A short training through the program's own front door, for tests that compare trajectories."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from pipeline.job.read import read_job
+from pipeline.run import train
+from pipeline.screen import Screen
+
+WORDS = "Blue Spice Italian French riverside city centre cheap high pub cafe near The Eagle Mill".split()
+JOB = """
+[base]
+model = "{base}"
+dtype = "fp32"
+[[methods]]
+kind = "lora"
+targets = ["q", "v"]
+rank = 3
+alpha = 12
+[task]
+kind = "jsonl"
+data = "{data}"
+separator = " ->"
+[train]
+steps = 4
+batch_examples = 6
+learning_rate = 0.01
+"""
+
+
+@dataclass
+class Trained:
+    losses: list[float]
+    steps: list[dict]
+    tensors: dict[str, np.ndarray]
+
+
+def write_examples(file: Path, count: int = 24) -> Path:
+    """Examples of very different lengths, so that packing and dealing have something to do."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        words = [WORDS[i] for i in rng.integers(0, len(WORDS), 2 + number % 9)]
+        lines.append(json.dumps({"prompt": " ".join(words[: 1 + number % 3]), "completion": " " + " ".join(words)}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def write_job(folder: Path, base: Path, name: str = "job.toml") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = write_examples(folder / "train.jsonl")
+    job = folder / name
+    job.write_text(JOB.format(base=base, data=data))
+    return job
+
+
+def train_here(ranks, job: str, run: str, overrides: tuple[str, ...]) -> None:
+    """On a rank of a pool."""
+    train(read_job(Path(job), overrides), Path(run), ranks, Screen(io.StringIO(), shown=False))
+
+
+def trained(pool, job: Path, run: Path, *overrides: str) -> Trained:
+    """Trains on a pool and reads back what the run folder says."""
+    pool.run(train_here, str(job), str(run), overrides)
+    steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    return Trained([row["loss"] for row in steps], steps, load_file(run / "delta" / "adapter_model.safetensors"))
