@@ -63,14 +63,19 @@ def train(
 
     Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
     """
-    from pipeline.cluster.launch import inside_ranks, launch
+    import shutil
+
+    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
     from pipeline.job.read import read_job
 
     asked = read_job(job, tuple(overrides or ()))
     folder = run or Path("runs") / job.stem
     if not inside_ranks():
         _make_room(folder, fresh)
-        sys.exit(launch(sys.argv[1:], ranks))
+        code = launch(sys.argv[1:], ranks)
+        if code == JOB_ERROR and folder.is_dir() and _barely_started(folder):
+            shutil.rmtree(folder)
+        sys.exit(code)
     from pipeline.rank import as_rank
     from pipeline.run import train as train_here
 
@@ -144,13 +149,20 @@ def _make_room(folder: Path, fresh: bool) -> None:
     """An earlier run stays unless the user says otherwise."""
     import shutil
 
-    if not folder.exists() or not any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise JobError(f"{folder}: is a file. Use --run to name another folder.")
+    if not folder.exists() or _barely_started(folder):
         return
     if not fresh:
         raise JobError(f"{folder}: holds an earlier run. Use --run for another folder, or --fresh to replace it.")
     if not (folder / "job.toml").is_file() and not (folder / "logs").is_dir():
         raise JobError(f"{folder}: is not a run folder, so --fresh does not remove it. Use --run for another folder.")
     shutil.rmtree(folder)
+
+
+def _barely_started(folder: Path) -> bool:
+    """Nothing there but logs: a start that failed before it trained anything."""
+    return {path.name for path in folder.iterdir()} <= {"logs"}
 
 
 if os.environ.get("PYTHONWARNINGS") is None and "RANK" in os.environ:

@@ -20,8 +20,9 @@ from typing import TextIO
 
 from pipeline.job.errors import JobError
 
-RANK_FAILED = 76
+JOB_ERROR, DIVERGED, RANK_FAILED = 2, 4, 76
 _FOLDER = "ZLORA_LAUNCH"
+_LAUNCHER = "ZLORA_LAUNCHER_PID"
 _POLL_S = 0.1
 _GRACE_S = 3.0
 _TOGETHER_S = 0.5
@@ -45,18 +46,26 @@ def inside_ranks() -> bool:
     # SLURM_STEP_NUM_TASKS is set by srun only, not for the batch script itself.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return False
-    nodes = os.environ["SLURM_STEP_NODELIST"]
-    first = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
     # Jobs on one node must not meet on one port; ports below 32768 are not handed out to outgoing connections.
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
-        MASTER_ADDR=os.environ.get("MASTER_ADDR", first),
+        MASTER_ADDR=os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
         MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
     )
     return True
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise JobError(
+            f'SLURM_STEP_NODELIST = "{nodes}": scontrol does not say which hosts these are ({error}). '
+            "Set MASTER_ADDR to the first of them in the batch script."
+        ) from None
 
 
 def visible_gpus() -> int:
@@ -96,8 +105,11 @@ def launch(arguments: list[str], ranks: int | None) -> int:
 
 def die_with_parent() -> None:
     """Has the kernel end this rank when its launcher is gone, however that ended (Linux)."""
-    if _FOLDER in os.environ and sys.platform == "linux":
+    if _LAUNCHER in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        # The kernel tells of deaths from now on only; this rank took seconds to come up.
+        if os.getppid() != int(os.environ[_LAUNCHER]):
+            os._exit(RANK_FAILED)
 
 
 def report_failure(message: str, exit_code: int, terminal: TextIO) -> None:
@@ -121,6 +133,7 @@ def _environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, st
         "LOCAL_WORLD_SIZE": str(count),
         "ZLORA_RENDEZVOUS": f"file://{folder}/rendezvous",
         _FOLDER: str(folder),
+        _LAUNCHER: str(os.getpid()),
     }
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
@@ -148,7 +161,10 @@ def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
 
 
 def _first_failure(codes: list[int | None], folder: Path) -> Failure:
-    """The cause, not its echoes: a signal, then a mistake of the user's, then the earliest crash."""
+    """The cause, not its echoes: a mistake of the user's, then a signal, then the earliest crash.
+
+    Ranks whose peer is gone crash or abort; they never find fault with the job.
+    """
     failures = []
     for rank, code in enumerate(codes):
         told = folder / f"failure.{rank}"
@@ -160,7 +176,8 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
             failures.append(Failure(rank, RANK_FAILED, f"rank {rank} was ended by {name}.{hint}", 0.0))
         elif code:
             failures.append(Failure(rank, code, f"rank {rank} ended with exit code {code} and said nothing.", time.time()))
-    return min(failures, key=lambda f: (f.exit_code == 1, f.time))
+    order = (JOB_ERROR, DIVERGED, RANK_FAILED)
+    return min(failures, key=lambda f: (order.index(f.exit_code) if f.exit_code in order else len(order), f.time))
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
-from pipeline.job.spec import Base, Evaluate, Job, Jsonl, Lora, Memory, TaskSection, Train
+from pipeline.job.spec import E2E, Base, Evaluate, Job, Jsonl, Lora, Memory, Train
+from pipeline.job.zero import deepspeed_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,12 +29,13 @@ else:
 _SECTIONS: dict[str, type[BaseModel]] = {
     "base": Base,
     "methods": Lora,
-    "task": TaskSection,
     "train": Train,
     "evaluate": Evaluate,
     "memory": Memory,
 }
-_TASK_KEYS = sorted({"kind", *TaskSection.model_fields, *Jsonl.model_fields})
+_TASKS: dict[str, type[BaseModel]] = {"e2e": E2E, "jsonl": Jsonl}
+_EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
+"""Keys of [train] of which a job has one: `--set` of one takes the place of the file's other."""
 
 
 def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
@@ -52,6 +54,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
         asked = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not valid TOML: {error}.") from None
+    _yield_to(overrides, asked)
     for text in overrides:
         _override(asked, text)
     try:
@@ -82,6 +85,17 @@ def _without_none(value: Any) -> Any:
             return value
 
 
+def _yield_to(overrides: tuple[str, ...], asked: dict[str, Any]) -> None:
+    """Removes the file's own choice between two keys where `--set` makes the other choice."""
+    train = asked.get("train")
+    for text in overrides:
+        section, _, key = text.partition("=")[0].strip().partition(".")
+        for pair in _EITHER:
+            if section == "train" and key in pair and isinstance(train, dict):
+                for other in pair - {key}:
+                    train.pop(other, None)
+
+
 def _override(asked: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -90,7 +104,7 @@ def _override(asked: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
-    *parents, last = key.strip().split(".")
+    *parents, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     place: Any = asked
     for part in parents:
         if isinstance(place, list):
@@ -99,8 +113,10 @@ def _override(asked: dict[str, Any], text: str) -> None:
             place = place[int(part)]
         elif isinstance(place, dict):
             place = place.setdefault(part, {})
+    if isinstance(place, list):
+        raise JobError(f"--set {text}: {'.'.join(parents)} is a list. Name an entry: {'.'.join(parents)}.0.{last}")
     if not isinstance(place, dict):
-        raise JobError(f"--set {text}: {'.'.join(parents)} has no keys.")
+        raise JobError(f"--set {text}: {'.'.join(parents)} is a value and has no keys. Set it itself.")
     place[last] = value
 
 
@@ -111,15 +127,28 @@ def _explain(error: ValidationError, asked: dict[str, Any]) -> str:
     where = ".".join(path[:1]) + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in path[1:])
     match problem["type"]:
         case "extra_forbidden":
-            known = _known_keys(path)
+            known = _known_keys(path, asked)
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
             hint = f'Did you mean "{near[0]}"?' if near else f"Known here: {', '.join(known)}."
             return f"{where}: unknown key. {hint}"
         case "missing":
             return f"{where}: missing. Add it."
-        case "union_tag_invalid" | "union_tag_not_found":
-            found = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
-            return f"{where}.kind = {json.dumps(found)}: not a known kind. Use one of {problem['ctx']['expected_tags']}."
+        case "union_tag_invalid":
+            kind = json.dumps(problem["input"]["kind"], default=str)
+            return f"{where}.kind = {kind}: not a known kind. Use one of {problem['ctx']['expected_tags']}."
+        case "union_tag_not_found":
+            return f"{where}.kind: missing. Add it, one of {', '.join(map(repr, _TASKS))}."
+        case "model_type" | "model_attributes_type":
+            heading = "[[methods]]" if path[0] == "methods" else f"[{where}]"
+            return (
+                f"{where} = {json.dumps(problem['input'], default=str)}: not a section. Write {heading} with its keys on the lines below."
+            )
+        case "tuple_type" if path == ["methods"]:
+            return "methods: not a list of sections. Write [[methods]], with two brackets, above each."
+        case "tuple_type":
+            return f"{where} = {json.dumps(problem['input'], default=str)}: not a list. Write it in brackets."
+        case "too_short":
+            return f"{where} = {json.dumps(problem['input'], default=str)}: empty. Give at least one."
         case "value_error":
             return f"{where}: {problem['ctx']['error']}"
         case _:
@@ -145,12 +174,11 @@ def _plain_path(location: tuple[str | int, ...], asked: dict[str, Any]) -> list[
     return plain
 
 
-def _known_keys(path: list[str]) -> list[str]:
+def _known_keys(path: list[str], asked: dict[str, Any]) -> list[str]:
     if len(path) == 1:
         return sorted(Job.model_fields)
-    if path[0] == "task":
-        return _TASK_KEYS
-    return sorted(_SECTIONS[path[0]].model_fields)
+    section = _TASKS[asked["task"]["kind"]] if path[0] == "task" else _SECTIONS[path[0]]
+    return sorted(section.model_fields)
 
 
 def _resolve(job: Job, path: Path) -> Job:
@@ -174,5 +202,10 @@ def _resolve(job: Job, path: Path) -> Job:
                 "Correct the path; it is relative to the folder you run the command in."
             )
         task = task.model_copy(update={key: str(Path(value).resolve())})
-    memory = job.memory.model_copy(update={"config": str(memory_config(job.memory.config))})
+    try:
+        config = memory_config(job.memory.config)
+    except JobError as error:
+        raise JobError(f"{path}: {error}") from None
+    deepspeed_config(config)
+    memory = job.memory.model_copy(update={"config": str(config)})
     return job.model_copy(update={"base": base, "task": task, "memory": memory})

@@ -11,14 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Split = Literal["train", "valid", "test"]
+Text = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Base(Section):
-    model: str
+    model: Text
     """Hugging Face hub id, or a folder with config.json and safetensors files."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the hub's default branch when absent."""
@@ -41,7 +43,7 @@ class Lora(Section):
 
 
 class TaskSection(Section):
-    data: str | None = None
+    data: Text | None = None
     """Folder or file. Absent: the hub's copy, where the task has one."""
     separator: str | None = None
     """Text between prompt and completion. Absent: the task's own."""
@@ -59,10 +61,10 @@ class Jsonl(TaskSection):
     """Your own JSON lines: {"prompt": "...", "completion": "..."}."""
 
     kind: Literal["jsonl"]
-    data: str
+    data: Text
     """Folder with train.jsonl, valid.jsonl and test.jsonl, or the training file alone."""
-    valid: str | None = None
-    test: str | None = None
+    valid: Text | None = None
+    test: Text | None = None
 
 
 Task = Annotated[E2E | Jsonl, Field(discriminator="kind")]
@@ -75,7 +77,7 @@ class Train(Section):
     """Tokens of one forward pass on one rank: the memory knob. Never changes the result."""
     packing: bool = True
     """Lay the examples of a micro-batch end to end instead of padding them. Never changes the result."""
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Longest example. Absent: the base's context."""
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
@@ -84,14 +86,14 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    adam_betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     adam_eps: PositiveFloat = 1e-8
     clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm; 0: no clipping."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The base's own dropout. Off by default, as in the paper's code."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
     save_every_steps: PositiveInt = 500
     """The delta is written this often and at the end."""
 

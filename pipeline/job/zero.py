@@ -28,14 +28,16 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
     """
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise JobError(f"{path}: not a readable JSON file: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path}: not a readable JSON file: {error}. Correct or replace it.") from None
+    if not isinstance(asked, dict) or not isinstance(asked.get("zero_optimization"), dict):
+        raise JobError(f'{path}: not an object with a "zero_optimization" object in it. Start from a file of ds_configs/.')
     if foreign := sorted(set(asked) - _ALLOWED):
         raise JobError(
             f"{path}: {foreign[0]}: does not belong in a memory configuration. "
             f"Set it in the job; here are only {', '.join(sorted(_ALLOWED))}."
         )
-    stage = asked.get("zero_optimization", {}).get("stage")
+    stage = asked["zero_optimization"].get("stage")
     if stage not in (0, 3):
         raise JobError(
             f"{path}: zero_optimization.stage = {json.dumps(stage)}: with a frozen base, stages 1 and 2 shard nothing. "

@@ -7,6 +7,8 @@ Out: prompt `name : Blue Spice | eatType : coffee shop | area : city centre`, co
 from __future__ import annotations
 
 import csv
+import io
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +32,8 @@ def read_e2e(task: E2E, split: Split) -> list[Example]:
     if task.data is None:
         return _from_hub(split)
     folder = Path(task.data)
+    if folder.is_file():
+        raise JobError(f"task.data = {folder}: is a file. Name the folder that holds {_CSV[split]} or {_TEXT[split]}.")
     if (file := folder / _CSV[split]).is_file():
         return _from_csv(file)
     if (file := folder / _TEXT[split]).is_file():
@@ -56,26 +60,37 @@ def linearise(meaning: str) -> str:
 
 def _from_csv(file: Path) -> list[Example]:
     examples = []
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with io.StringIO(_utf8(file), newline="") as stream:
         rows = csv.reader(stream)
         header = next(rows, None)
         if header != ["mr", "ref"]:
             raise JobError(f'{file}:1: the columns are {header}, not "mr" and "ref". Is this the official file?')
-        for row in rows:
-            where = f"{file}:{rows.line_num}"
-            if len(row) != 2 or not row[1].strip():
-                raise JobError(f"{where}: {len(row)} columns, expected a meaning representation and a reference. Mend the line.")
-            try:
-                prompt = linearise(row[0])
-            except ValueError:
-                raise JobError(f'{where}: "{row[0]}" is not of the form name[value], name[value]. Mend the line.') from None
-            examples.append(Example(prompt, " " + row[1].strip(), where))
+        line = rows.line_num + 1
+        try:
+            for row in rows:
+                if row:
+                    examples.append(_example(row, f"{file}:{line}"))
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
     return examples
+
+
+def _example(row: list[str], where: str) -> Example:
+    if len(row) != 2:
+        raise JobError(f"{where}: columns found: {len(row)}, expected a meaning representation and a reference. Mend the line.")
+    meaning, reference = row
+    if not reference.strip():
+        raise JobError(f"{where}: the reference is empty: there is nothing to learn. Mend or remove the line.")
+    try:
+        return Example(linearise(meaning), " " + reference.strip(), where)
+    except ValueError:
+        raise JobError(f"{where}: {json.dumps(meaning[:200])} is not of the form name[value], name[value]. Mend the line.") from None
 
 
 def _from_text(file: Path) -> list[Example]:
     examples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_utf8(file).split("\n"), 1):
         if not line.strip():
             continue
         context, bars, reference = line.partition("||")
@@ -83,6 +98,13 @@ def _from_text(file: Path) -> list[Example]:
             raise JobError(f"{file}:{number}: not of the form context||reference. Mend the line.")
         examples.append(Example(context.strip(), " " + reference.strip(), f"{file}:{number}"))
     return examples
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JobError(f"{file}: not UTF-8 text ({error}). Convert the file.") from None
 
 
 def _from_hub(split: Split) -> list[Example]:

@@ -20,8 +20,10 @@ def read_jsonl(task: Jsonl, split: Split) -> list[Example]:
     if file is None:
         place = f"{task.data}/{split}.jsonl" if Path(task.data).is_dir() else f'{split} = "FILE" in [task]'
         raise JobError(f"task.data = {task.data}: there is no {split} split. Add {place}, or choose another split.")
+    if not file.is_file():
+        raise JobError(f"{file}: not a file. Name the {split} split's JSON-lines file.")
     examples = []
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         try:
             for number, line in enumerate(stream, 1):
                 if line.strip():
@@ -33,11 +35,13 @@ def read_jsonl(task: Jsonl, split: Split) -> list[Example]:
 
 def split_file(task: Jsonl, split: Split) -> Path | None:
     """Where a split is, if the job has it."""
+    named = {"train": None, "valid": task.valid, "test": task.test}[split]
+    if named is not None:
+        return Path(named)
     if Path(task.data).is_dir():
         file = Path(task.data) / f"{split}.jsonl"
         return file if file.is_file() else None
-    named = {"train": task.data, "valid": task.valid, "test": task.test}[split]
-    return Path(named) if named is not None else None
+    return Path(task.data) if split == "train" else None
 
 
 def _example(line: str, where: str) -> Example:
@@ -51,6 +55,8 @@ def _example(line: str, where: str) -> Example:
         if not isinstance(row.get(key), str):
             found = f"has {', '.join(sorted(map(str, row)))}" if key not in row else f"it is {type(row[key]).__name__}, not text"
             raise JobError(f'{where}: "{key}" is missing or not text ({found}). Mend the line.')
+        if any("\ud800" <= character <= "\udfff" for character in row[key]):
+            raise JobError(f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.')
     if not row["completion"]:
         raise JobError(f'{where}: "completion" is empty: there is nothing to learn. Mend or remove the line.')
     return Example(row["prompt"], row["completion"], where)

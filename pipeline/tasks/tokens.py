@@ -16,6 +16,8 @@ from pipeline.job.errors import JobError
 from pipeline.tasks.example import Example, Sequence
 
 _BATCH = 1024
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Of which a tokenizer has at least one: the fast form, SentencePiece, BPE, WordPiece, T5's, Mistral's."""
 
 
 class Tokens:
@@ -30,6 +32,9 @@ class Tokens:
     """
 
     def __init__(self, folder: Path, separator: Callable[[str], str]) -> None:
+        # transformers makes up an empty tokenizer for a folder that has none.
+        if not any((folder / name).is_file() for name in _FILES):
+            raise JobError(f"{folder}: no tokenizer is here ({', '.join(_FILES)}). Add the files of the base's own.")
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

@@ -56,6 +56,7 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         refuse_filled(folder)
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
     try:

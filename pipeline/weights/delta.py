@@ -86,9 +86,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
         return Manifest(**fields)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise JobError(f"{folder}: no {MANIFEST} here, so this is not a delta. Name the delta/ folder of a run.") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{file}: cannot be read ({error!r}). The delta is damaged; save it again.") from None
 
 

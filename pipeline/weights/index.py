@@ -70,9 +70,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            files = tuple(folder / name for name in sorted(set(weight_map.values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JobError(f"{index}: not a valid safetensors index ({error!r}). Fetch the file again.") from None
-        files = tuple(folder / name for name in sorted(set(weight_map.values())))
     elif (folder / SINGLE_NAME).is_file():
         weight_map = None
         files = (folder / SINGLE_NAME,)
@@ -99,6 +99,11 @@ def read_header(file: Path) -> list[Entry]:
     for name, info in header.items():
         if name == "__metadata__":
             continue
+        if isinstance(info, dict) and info.get("dtype") not in DTYPES:
+            raise JobError(
+                f'{file}: tensor "{name}" is stored as {info.get("dtype")}, which is not read here. Known: {", ".join(DTYPES)}. '
+                "Convert the base, or fetch another copy."
+            )
         try:
             dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
             entry = Entry(name, file, DTYPES[dtype], shape, data_start + start, end - start)

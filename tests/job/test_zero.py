@@ -1,0 +1,82 @@
+"""The one DeepSpeed dict: what a memory configuration may hold, and what is always set."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.job.errors import JobError
+from pipeline.job.files import memory_config, shipped
+from pipeline.job.zero import deepspeed_config, zero_stage
+
+SHIPPED = sorted(path.name for path in shipped("ds_configs").glob("*.json"))
+
+
+def write(folder, value):
+    file = folder / "memory.json"
+    file.write_text(value if isinstance(value, str) else json.dumps(value))
+    return file
+
+
+def test_a_sharded_and_a_whole_configuration_are_shipped():
+    assert {"zero0.json", "zero3.json"} <= set(SHIPPED)
+    assert zero_stage(deepspeed_config(memory_config("zero0.json"))) == 0
+    assert zero_stage(deepspeed_config(memory_config("zero3.json"))) == 3
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_configuration_is_passed_on_whole_and_deepspeed_knows_its_keys(name):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    written = json.loads(memory_config(name).read_text())
+    config = deepspeed_config(memory_config(name))
+    assert written.items() <= config.items()
+    known = {text for key, field in DeepSpeedZeroConfig.model_fields.items() for text in (key, field.alias)}
+    assert set(written["zero_optimization"]) <= known
+    DeepSpeedZeroConfig(**written["zero_optimization"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_clipping_and_accumulation_are_never_left_to_deepspeeds_defaults(name):
+    config = deepspeed_config(memory_config(name))
+    assert config["gradient_clipping"] == 0.0
+    assert config["gradient_accumulation_steps"] == 1
+    assert not {"optimizer", "scheduler", "fp16", "bf16"} & set(config)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler", "fp16", "bf16", "steps_per_print"],
+)
+def test_a_key_that_belongs_to_the_job_is_refused_by_name(tmp_path, key):
+    file = write(tmp_path, {"zero_optimization": {"stage": 3}, key: "auto"})
+    with pytest.raises(JobError) as caught:
+        deepspeed_config(file)
+    assert f"{file}: {key}: does not belong" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 4, -1, None, "3"])
+def test_a_stage_that_shards_nothing_here_is_refused_with_the_two_that_work(tmp_path, stage):
+    with pytest.raises(JobError) as caught:
+        deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": stage}}))
+    assert f"zero_optimization.stage = {json.dumps(stage)}" in str(caught.value)
+    assert "Use 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"zero_optimization": 3}', '{"zero_optimization": null}'])
+def test_a_file_of_another_form_is_refused_by_name(tmp_path, text):
+    with pytest.raises(JobError, match=r"memory\.json: not a"):
+        deepspeed_config(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
+    file = tmp_path / "memory.json"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(JobError, match=r"memory\.json: not a readable JSON file"):
+        deepspeed_config(file)
+
+
+def test_a_missing_stage_is_refused(tmp_path):
+    with pytest.raises(JobError, match="stage = null"):
+        deepspeed_config(write(tmp_path, {"zero_optimization": {}}))
