@@ -35,7 +35,9 @@ class Lora(Section):
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("q", "v")
     """Roles (q k v o mlp_in mlp_out ...) or module paths such as "attn.c_proj"."""
     rank: PositiveInt = 8
+    """Rows of A, for each target."""
     alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """On the input of A only. Keyed by example, so it does not depend on ranks or packing."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
@@ -64,7 +66,9 @@ class Jsonl(TaskSection):
     data: Text
     """Folder with train.jsonl, valid.jsonl and test.jsonl, or the training file alone."""
     valid: Text | None = None
+    """File of the validation split, where `data` is a file."""
     test: Text | None = None
+    """File of the test split, where `data` is a file."""
 
 
 Task = Annotated[E2E | Jsonl, Field(discriminator="kind")]
@@ -80,20 +84,31 @@ class Train(Section):
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Longest example. Absent: the base's context."""
     epochs: PositiveFloat | None = None
+    """Passes over the training examples; 1 when neither this nor `steps` is given."""
     steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
     learning_rate: PositiveFloat = 2e-4
+    """The largest, after warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After warm-up; linear and cosine end at 0."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of rising learning rate."""
     warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The same as a share of all steps, rounded up."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW, on every trained tensor."""
     adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the two moments."""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm; 0: no clipping."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target spread over the vocabulary."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The base's own dropout. Off by default, as in the paper's code."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    """Of the order of examples, the start of A, and dropout."""
     save_every_steps: PositiveInt = 500
     """The delta is written this often and at the end."""
 
@@ -116,6 +131,7 @@ class Evaluate(Section):
     max_prompts: PositiveInt | None = None
     """Score the first so many prompts only."""
     max_new_tokens: PositiveInt = 64
+    """Longest generated text."""
     batch_prompts: PositiveInt = 32
     """Prompts generated together on one rank."""
 

@@ -20,9 +20,11 @@ from pipeline.job.zero import zero_stage
 from pipeline.model.build import build
 from pipeline.model.families import Family
 from pipeline.model.names import match_names
-from pipeline.model.zero3 import Partitioner
+from pipeline.model.zero3 import Partitioner, run_of, shape_of, shard_of
 from pipeline.weights.index import Checkpoint, Entry, open_checkpoint
 from pipeline.weights.read import Reader
+
+_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ def load_base(
     tensors = match_names(model, family, checkpoint)
     partitioner = Partitioner(zero, dtype) if zero_stage(zero) == 3 else None
     with Reader() as reader:
-        _refuse_untied(model, checkpoint, tensors)
-        places = _places(model)
+        places, again = _places(model), _stored_again(model, checkpoint, tensors)
         for name in progress(tensors):
             parameter = _read(tensors[name], reader, dtype, device, partitioner)
+            for other in again.get(name, []):
+                _refuse_untied(folder, name, parameter, other, reader)
             for module, key in places[name]:
                 module._parameters[key] = parameter
         bytes_read = reader.bytes_read
@@ -97,29 +100,31 @@ def _places(model: PreTrainedModel) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _refuse_untied(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, Entry]) -> None:
-    """A checkpoint may store a tied tensor twice; then both must be the same, or the config is wrong about the tie."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(tensors)
-    for name in sorted(names & set(checkpoint.entries)):
-        twin = next(first for first in tensors if model.get_parameter(first) is model.get_parameter(name))
-        if tensors[twin].name != name and not _equal(checkpoint.entries[name], tensors[twin]):
-            raise JobError(
-                f'{checkpoint.folder}: config.json ties "{name}" to "{twin}", but their stored values differ. '
-                'Set "tie_word_embeddings": false in config.json if they are meant to.'
-            )
+def _stored_again(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, Entry]) -> dict[str, list[Entry]]:
+    """Parameter name -> further tensors of the checkpoint that are tied to it."""
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    again: dict[str, list[Entry]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_name[id(parameter)]
+        if name not in tensors and name in checkpoint.entries and tensors[first].name != name:
+            again.setdefault(first, []).append(checkpoint.entries[name])
+    return again
 
 
-def _equal(one: Entry, other: Entry) -> bool:
-    """Compares samples spread over both tensors, which is enough to tell trained tensors apart and reads next to nothing."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    sample, places = min(256, one.numel), 8
-    with Reader() as reader:
-        for place in range(places):
-            first = (one.numel - sample) * place // (places - 1)
-            pair = [torch.empty(sample, dtype=one.dtype) for _ in range(2)]
-            reader.read(one, first, pair[0])
-            reader.read(other, first, pair[1])
-            if not torch.equal(*pair):
-                return False
-    return True
+def _refuse_untied(folder: Path, name: str, parameter: nn.Parameter, other: Entry, reader: Reader) -> None:
+    """A checkpoint may store a tied tensor twice; then both must be the same, or the config is wrong about the tie.
+
+    Each rank compares its own run of elements: all of them are compared, and a rank reads no more than its share.
+    """
+    same = other.shape == shape_of(parameter)
+    shard, (first, held) = shard_of(parameter).view(-1), run_of(parameter)
+    buffer = torch.empty(min(_COMPARED_ELEMENTS, held), dtype=shard.dtype, device=shard.device)
+    for begin in range(0, held if same else 0, _COMPARED_ELEMENTS):
+        piece = buffer[: held - begin]
+        reader.read(other, first + begin, piece)
+        same = same and torch.equal(piece.view(torch.uint8), shard[begin : begin + len(piece)].view(torch.uint8))
+    if not same:
+        raise JobError(
+            f'{folder}: config.json ties "{other.name}" to "{name}", but their stored values differ. '
+            'Set "tie_word_embeddings": false in config.json if they are meant to.'
+        )

@@ -31,10 +31,11 @@ class Partitioner:
         # Any: DeepSpeed hangs its own attributes on parameters and shards.
         parameter: Any = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
-        ranks, rank = parameter.ds_zero_partition_world_size, parameter.ds_zero_partition_rank
+        ranks = parameter.ds_zero_partition_world_size
+        parameter.ds_shape = torch.Size(shape)
+        parameter.ds_numel = numel
+        first, held = run_of(parameter)
         run = -(-numel // ranks)
-        first = min(run * rank, numel)
-        held = min(run, numel - first)
         remote = self._init.remote_device
         shard: Any = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
         if shard.device.type == "cpu" and self._init.pin_memory:
@@ -44,8 +45,6 @@ class Partitioner:
         shard.ds_numel = run
         shard.status = PartitionedParamStatus.AVAILABLE
         shard.final_location = None
-        parameter.ds_shape = torch.Size(shape)
-        parameter.ds_numel = numel
         parameter.ds_numel_aligned = run * ranks
         parameter.ds_tensor = shard
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
@@ -65,6 +64,16 @@ def numel_of(parameter: nn.Parameter) -> int:
 def shard_of(parameter: nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter between steps."""
     return getattr(parameter, "ds_tensor", parameter.data)
+
+
+def run_of(parameter: nn.Parameter) -> tuple[int, int]:
+    """First element and number of elements of the flattened whole tensor that this rank's shard holds, padding not counted."""
+    numel = numel_of(parameter)
+    if not hasattr(parameter, "ds_numel"):
+        return 0, numel
+    run = -(-numel // parameter.ds_zero_partition_world_size)
+    first = min(run * parameter.ds_zero_partition_rank, numel)
+    return first, min(run, numel - first)
 
 
 def shard_bytes(model: nn.Module) -> int:

@@ -61,7 +61,7 @@ def linearise(meaning: str) -> str:
 def _from_csv(file: Path) -> list[Example]:
     examples = []
     with io.StringIO(_utf8(file), newline="") as stream:
-        rows = csv.reader(stream)
+        rows = csv.reader(stream, strict=True)
         header = next(rows, None)
         if header != ["mr", "ref"]:
             raise JobError(f'{file}:1: the columns are {header}, not "mr" and "ref". Is this the official file?')
@@ -102,7 +102,7 @@ def _from_text(file: Path) -> list[Example]:
 
 def _utf8(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise JobError(f"{file}: not UTF-8 text ({error}). Convert the file.") from None
 

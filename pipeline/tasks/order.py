@@ -6,6 +6,7 @@ there is. A step is the next `batch_examples` positions; nothing needs to divide
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 from functools import lru_cache
@@ -15,7 +16,9 @@ import torch
 
 @lru_cache(maxsize=2)
 def _permutation(examples: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    # Hashed: torch's CPU generator looks at the low 32 bits of its seed only, so both numbers must be in them.
+    mixed = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4]
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
     return torch.randperm(examples, generator=generator).tolist()
 
 

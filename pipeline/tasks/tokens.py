@@ -37,8 +37,9 @@ class Tokens:
             raise JobError(f"{folder}: no tokenizer is here ({', '.join(_FILES)}). Add the files of the base's own.")
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise JobError(f"{folder}: no tokenizer can be loaded from here ({str(error).splitlines()[0]}). Add tokenizer.json.") from None
+        except Exception as error:  # whatever a damaged file sets off: the libraries' failures have no common type
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise JobError(f"{folder}: no tokenizer can be loaded from here ({reason}). Fetch its files again.") from None
         if self._tokenizer.eos_token_id is None:
             raise JobError(f"{folder}: the tokenizer has no end token. Set eos_token in tokenizer_config.json.")
         self.end_id: int = self._tokenizer.eos_token_id

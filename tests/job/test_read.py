@@ -287,10 +287,8 @@ def test_a_hub_id_stays_as_it_is(tmp_path, name):
     assert job.base.model == name
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/base", "~/base", "a/b/c", "..", "train.jsonl/"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/base", "~/base", "a/b/c", "../nowhere"])
 def test_a_base_that_is_neither_a_folder_nor_a_hub_id_is_refused(name):
-    if name == "..":
-        name = "../nowhere"
     message = refused(SHORT.replace('"base"', f'"{name}"'))
     assert f'job.toml: base.model = "{name}"' in message
     assert "Correct the path" in message

@@ -1,0 +1,64 @@
+"""Writes docs/jobs.md from the job's own types and docstrings: `python docs/make_jobs.py`. A test keeps the two equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.job.spec import E2E, Base, Evaluate, Jsonl, Lora, Memory, Section, Train
+
+TARGET = Path(__file__).parent / "jobs.md"
+SECTIONS: list[tuple[str, type[Section]]] = [
+    ("[base]", Base),
+    ('[[methods]] kind = "lora"', Lora),
+    ('[task] kind = "e2e"', E2E),
+    ('[task] kind = "jsonl"', Jsonl),
+    ("[train]", Train),
+    ("[evaluate]", Evaluate),
+    ("[memory]", Memory),
+]
+HEAD = """# Jobs
+
+A job is one TOML file. `base.model`, one method and a task are enough; every other key has a default. Unknown keys are refused.
+Paths are relative to the folder the command runs in. `zlora check JOB` prints a job with everything filled in;
+`--set train.steps=20` changes a key for one run (`--set methods.0.rank=16` for a method).
+
+This page is made from the program's own types by `docs/make_jobs.py`.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [HEAD]
+    for title, section in SECTIONS:
+        parts.append(f"\n## `{title}`\n")
+        if section.__doc__:
+            parts.append(f"{section.__doc__.strip()}\n")
+        parts.append("| key | type | default | |\n|---|---|---|---|")
+        schema = section.model_json_schema()
+        needed = schema.get("required", [])
+        parts += [row(name, field, name in needed) for name, field in schema["properties"].items() if name != "kind"]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def row(name: str, schema: dict[str, Any], needed: bool) -> str:
+    meaning = " ".join(schema.get("description", "").split())
+    default = "**needed**" if needed else "" if schema["default"] is None else f"`{json.dumps(schema['default'])}`"
+    return f"| `{name}` | {kind(schema)} | {default} | {meaning} |"
+
+
+def kind(schema: dict[str, Any]) -> str:
+    """A JSON schema's type in words."""
+    schema = next((option for option in schema.get("anyOf", []) if option.get("type") != "null"), schema)
+    if "enum" in schema:
+        return ", ".join(f'`"{choice}"`' for choice in schema["enum"])
+    if schema["type"] == "array":
+        item = schema["items"] if "items" in schema else schema["prefixItems"][0]
+        return f"list of {kind(item)}s"
+    return {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[schema["type"]]
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
