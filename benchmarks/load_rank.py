@@ -29,10 +29,25 @@ from pipeline.model.build import read_config
 from pipeline.model.load import load_base
 from pipeline.train.engine import Ranks, join_ranks, leave_ranks
 
-_COLLECTIVES = (
-    "broadcast all_reduce reduce all_gather all_gather_into_tensor _all_gather_base reduce_scatter reduce_scatter_tensor "
-    "_reduce_scatter_base all_to_all all_to_all_single gather scatter send recv isend irecv"
-).split()
+_COLLECTIVES = [
+    "broadcast",
+    "all_reduce",
+    "reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "_all_gather_base",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "_reduce_scatter_base",
+    "all_to_all",
+    "all_to_all_single",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+]
 
 
 class Wire:

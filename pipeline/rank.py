@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.cluster.launch import die_with_parent, report_failure
+from pipeline.cluster.launch import die_with_parent, report_failure, report_start
 from pipeline.job.errors import Diverged, JobError
 from pipeline.screen import Screen, take_terminal
 from pipeline.train.engine import Ranks, join_ranks, leave_ranks
@@ -29,6 +29,8 @@ def as_rank(run: Path, body: Callable[[Ranks, Screen], dict[str, Any] | None], a
     code = 0
     try:
         ranks = join_ranks()
+        if ranks.first:
+            report_start()
         answer = body(ranks, Screen(error_stream if as_json else out, shown=ranks.first))
         if as_json and ranks.first:
             print(json.dumps(answer), file=out)

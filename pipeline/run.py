@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Session:
     def sequences(self, split: Split) -> tuple[list[Example], list[Sequence], int]:
         """A split's examples as sequences that fit, and how many were too long."""
         examples = read_examples(self.job.task, split)
-        sequences = self.tokens.sequences(examples, lambda items: self.screen.progress(f"tokenising {split}", items))
+        sequences = self.tokens.sequences(examples, self._bar(f"tokenising {split}"))
         limit = min(self.job.train.max_tokens or self.context, self.context)
         return fit(examples, sequences, limit, self.job.task.too_long)
 
@@ -67,7 +67,12 @@ class Session:
         return evaluation_set(split, examples, sequences, self.job.evaluate.max_prompts)
 
     def score(self, data: EvaluationSet) -> Scores:
-        return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks)
+        return score(
+            self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar(f"scoring {data.split}")
+        )
+
+    def _bar(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
+        return lambda items: self.screen.progress(label, items)
 
 
 class Digests:

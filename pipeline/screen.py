@@ -27,6 +27,7 @@ class Screen:
 
     def __init__(self, stream: TextIO, shown: bool = True) -> None:
         width = None if stream.isatty() else 120
+        self._bars: Progress | None = None
         self._console = Console(file=stream, quiet=not shown, highlight=False, width=width, soft_wrap=not stream.isatty())
 
     def print(self, text: str = "") -> None:
@@ -40,32 +41,40 @@ class Screen:
         self._console.print(table)
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:
-        """Iterates with a bar that goes away when done."""
+        """Iterates with a bar that goes away when done; beside the training's bar where that is there."""
         items = list(items)
-        with self._bar("{task.description}", transient=True) as bar:
-            task = bar.add_task(label, total=len(items))
+        with self._live(transient=True) as bar:
+            task = bar.add_task(label, total=len(items), note="")
             for item in items:
                 yield item
                 bar.advance(task)
+            bar.remove_task(task)
 
     @contextmanager
     def training(self, steps: int) -> Iterator[StepBar]:
         """The bar of the training loop."""
-        with self._bar("training", MofNCompleteColumn(), TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s")) as bar:
+        with self._live(transient=False) as bar:
             yield StepBar(bar, self._console, steps)
 
-    def _bar(self, label: str, *columns: MofNCompleteColumn | TextColumn, transient: bool = False) -> Progress:
-        return Progress(
-            TextColumn(label),
+    @contextmanager
+    def _live(self, transient: bool) -> Iterator[Progress]:
+        if self._bars is not None:
+            yield self._bars
+            return
+        columns = (
+            TextColumn("{task.description}"),
             BarColumn(),
-            *columns,
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=self._console,
-            transient=transient,
-            disable=not self._console.is_terminal,
         )
+        with Progress(*columns, console=self._console, transient=transient, disable=not self._console.is_terminal) as self._bars:
+            try:
+                yield self._bars
+            finally:
+                self._bars = None
 
 
 class StepBar:
@@ -73,16 +82,20 @@ class StepBar:
 
     def __init__(self, bar: Progress, console: Console, steps: int) -> None:
         self._bar, self._console, self._steps = bar, console, steps
-        self._task = bar.add_task("", total=steps, loss="-", speed="-")
-        self._start = self._said = time.monotonic()
+        self._task = bar.add_task("training", total=steps, note="")
+        self._first: tuple[int, float] | None = None
+        self._said = time.monotonic()
 
     def update(self, done: int, loss: float, tokens_per_s: float) -> None:
         """Shows that `done` steps are finished; the rate counts all tokens but padding."""
-        self._bar.update(self._task, completed=done, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
+        note = f"loss {loss:.4f} · {tokens_per_s:,.0f} tokens/s"
+        self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
+        # What came before the first step (loading, a first evaluation) says nothing about the rest.
+        first, begun = self._first = self._first or (done, now)
         if not self._console.is_terminal and (now - self._said > _LINE_EVERY_S or done == self._steps):
-            left = (now - self._start) / done * (self._steps - done)
-            self._console.print(f"step {done}/{self._steps} · loss {loss:.4f} · {tokens_per_s:,.0f} tokens/s · {left:.0f} s left")
+            left = (now - begun) / max(1, done - first) * (self._steps - done)
+            self._console.print(f"step {done}/{self._steps} · {note} · {left:.0f} s left")
             self._said = now
 
 

@@ -14,7 +14,23 @@ from pipeline.job.read import read_job
 from pipeline.run import train
 from pipeline.screen import Screen
 
-WORDS = "Blue Spice Italian French riverside city centre cheap high pub cafe near The Eagle Mill".split()
+WORDS = [
+    "Blue",
+    "Spice",
+    "Italian",
+    "French",
+    "riverside",
+    "city",
+    "centre",
+    "cheap",
+    "high",
+    "pub",
+    "cafe",
+    "near",
+    "The",
+    "Eagle",
+    "Mill",
+]
 JOB = """
 [base]
 model = "{base}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -95,7 +94,9 @@ def summary(merged: Path, seconds: float) -> None:
         scores.add_row(task, "BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}")
         scores.add_row("", "perplexity", f"{before['perplexity']:.1f}", f"{after['perplexity']:.2f}")
     console.print(scores)
-    places = Table(title=f"\ndone in {seconds:.0f} s", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    places = Table(
+        title=f"\ndone in {seconds:.0f} s", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
     for task in TASKS:
         size = sum(file.stat().st_size for file in (RUNS / task / "delta").iterdir())
         places.add_row(f"  delta of {task}", f"{RUNS / task / 'delta'}  ({size / 1024:.0f} KiB)")

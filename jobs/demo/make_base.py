@@ -45,9 +45,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     # Not the end marks: they are never to be part of anything else.
     text = (document.replace(END, "\n") for document in islice(documents(TOKENIZER_SEED), 20_000))
     tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT)
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> torch.Tensor:
@@ -99,8 +97,7 @@ def loss_of(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
 def train(model: GPT2LMHeadModel, rows: torch.Tensor) -> None:
     optimizers = make_optimizers(model)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, len(rows) // BATCH))
-        for optimizer in optimizers
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, len(rows) // BATCH)) for optimizer in optimizers
     ]
     model.train()
     mean_loss = math.log(VOCABULARY)

@@ -335,17 +335,14 @@ PLACES = split_words(
     "Bucharest Belgrade Rotterdam Strasbourg Bordeaux Salzburg Frankfurt Philadelphia Minneapolis"
 )
 PLACE_WORDS = split_words(
-    "Bridge Church Park Hill Green Cross Lane Wood Heath Bay Beach Court Common Garden Mill Market "
-    "Valley Abbey Water Road"
+    "Bridge Church Park Hill Green Cross Lane Wood Heath Bay Beach Court Common Garden Mill Market Valley Abbey Water Road"
 )
 
 WEEKDAYS = split_words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = split_words("January February March April May June July August September October November December")
 SMALL_NUMBERS = split_words("two three four five six")
 FEELINGS = split_words("happy sad tired angry proud cold hungry glad")
-LETTER_STARTS = split_options(
-    "I want to tell you about|you asked me about|here is what I know about|have you heard of"
-)
+LETTER_STARTS = split_options("I want to tell you about|you asked me about|here is what I know about|have you heard of")
 
 # Made-up names for everything else: what the model must learn is to copy a name, not to know it.
 ONSETS = split_words("b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh sk st t th tr v w z bl cr gl")

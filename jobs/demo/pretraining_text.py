@@ -34,9 +34,7 @@ class Subject:
 
 def made_word(rng: random.Random) -> str:
     syllables = rng.choice((1, 2, 2, 2, 3))
-    return "".join(
-        rng.choice(words.ONSETS) + rng.choice(words.VOWELS) for _ in range(syllables)
-    ).capitalize() + rng.choice(words.CODAS)
+    return "".join(rng.choice(words.ONSETS) + rng.choice(words.VOWELS) for _ in range(syllables)).capitalize() + rng.choice(words.CODAS)
 
 
 def place(rng: random.Random) -> str:

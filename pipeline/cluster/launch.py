@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+
 from pipeline.job.errors import JobError
 
 JOB_ERROR, DIVERGED, RANK_FAILED = 2, 4, 76
 _FOLDER = "ZLORA_LAUNCH"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"
+_STARTED = "started"
 _POLL_S = 0.1
 _GRACE_S = 3.0
 _TOGETHER_S = 0.5
@@ -93,7 +96,12 @@ def launch(arguments: list[str], ranks: int | None) -> int:
     try:
         for rank in range(count):
             command = [sys.executable, "-m", "pipeline", *arguments]
-            children.append(subprocess.Popen(command, env=_environment(rank, count, folder, gpus), stdin=subprocess.DEVNULL))
+            environment = _environment(rank, count, folder, gpus)
+            # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
+            children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+        with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
+            while not (folder / _STARTED).exists() and all(child.poll() is None for child in children):
+                time.sleep(_POLL_S)
         return _watch(children, folder)
     except KeyboardInterrupt:
         print("\nStopped. What was saved is in the run folder.", file=sys.stderr)
@@ -110,6 +118,13 @@ def die_with_parent() -> None:
         # The kernel tells of deaths from now on only; this rank took seconds to come up.
         if os.getppid() != int(os.environ[_LAUNCHER]):
             os._exit(RANK_FAILED)
+
+
+def report_start() -> None:
+    """Tells the launcher that a rank is up and about to write on the terminal."""
+    if folder := os.environ.get(_FOLDER):
+        (Path(folder) / _STARTED).touch()
+        time.sleep(2 * _POLL_S)
 
 
 def report_failure(message: str, exit_code: int, terminal: TextIO) -> None:

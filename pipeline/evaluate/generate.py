@@ -5,6 +5,8 @@ Shapes: B prompts of a batch, S tokens seen so far.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.distributed as dist
 from transformers import DynamicCache
@@ -14,13 +16,21 @@ from pipeline.train.engine import Ranks
 
 
 def generate_greedy(
-    root: Causal, prompts: list[list[int]], ranks: Ranks, batch_prompts: int, max_new_tokens: int, context: int, end_id: int
+    root: Causal,
+    prompts: list[list[int]],
+    ranks: Ranks,
+    batch_prompts: int,
+    max_new_tokens: int,
+    context: int,
+    end_id: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[list[int]]:
     """Continues every prompt until its end token, `max_new_tokens` or the context's end.
 
     Args:
         prompts: the same list on every rank; each rank generates its share.
         context: positions the model has.
+        progress: wraps the iteration over batches, for a progress bar.
 
     Returns:
         The new tokens of each prompt, end token included where there is one, on every rank.
@@ -29,7 +39,7 @@ def generate_greedy(
     share = order[ranks.rank :: ranks.count]
     rounds = -(-len(order[:: ranks.count]) // batch_prompts)
     mine: dict[int, list[int]] = {}
-    for number in range(rounds):
+    for number in progress(range(rounds)):
         chosen = share[number * batch_prompts : (number + 1) * batch_prompts]
         texts = _continue(root, [prompts[i] for i in chosen] or [[end_id]], ranks, max_new_tokens if chosen else 0, context, end_id)
         mine.update(zip(chosen, texts, strict=False))

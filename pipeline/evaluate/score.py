@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,26 @@ def evaluation_set(split: str, examples: list[Example], sequences: list[Sequence
     return EvaluationSet(split, prompts, [tokens[prompt.text] for prompt in prompts], chosen)
 
 
-def score(root: Causal, engine: Engine, data: EvaluationSet, tokens: Tokens, evaluate: Evaluate, train: Train, ranks: Ranks) -> Scores:
-    """Scores on all ranks together; every rank gets the result."""
+def score(
+    root: Causal,
+    engine: Engine,
+    data: EvaluationSet,
+    tokens: Tokens,
+    evaluate: Evaluate,
+    train: Train,
+    ranks: Ranks,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Scores:
+    """Scores on all ranks together; every rank gets the result.
+
+    Args:
+        progress: wraps the iteration over batches of prompts, for a progress bar.
+    """
     root.eval()
     context = root.model.config.max_position_embeddings
-    ids = generate_greedy(root, data.prompt_tokens, ranks, evaluate.batch_prompts, evaluate.max_new_tokens, context, tokens.end_id)
+    ids = generate_greedy(
+        root, data.prompt_tokens, ranks, evaluate.batch_prompts, evaluate.max_new_tokens, context, tokens.end_id, progress
+    )
     texts = [tokens.text(new) for new in ids]
     metrics = {
         "perplexity": perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing),

@@ -69,10 +69,10 @@ def shard_of(parameter: nn.Parameter) -> torch.Tensor:
 def run_of(parameter: nn.Parameter) -> tuple[int, int]:
     """First element and number of elements of the flattened whole tensor that this rank's shard holds, padding not counted."""
     numel = numel_of(parameter)
-    if not hasattr(parameter, "ds_numel"):
-        return 0, numel
-    run = -(-numel // parameter.ds_zero_partition_world_size)
-    first = min(run * parameter.ds_zero_partition_rank, numel)
+    ranks: int = getattr(parameter, "ds_zero_partition_world_size", 1)
+    rank: int = getattr(parameter, "ds_zero_partition_rank", 0)
+    run = -(-numel // ranks)
+    first = min(run * rank, numel)
     return first, min(run, numel - first)
 
 

@@ -39,9 +39,7 @@ def test_a_later_one_wins_over_an_earlier_one_and_over_the_file(tmp_path):
     assert read_job(file, ("train.seed=6", "train.seed=7")).train.seed == 7
 
 
-@pytest.mark.parametrize(
-    ("mine", "other"), [("steps=20", "epochs=5"), ("epochs=5", "steps=20"), ("warmup_steps=3", "warmup_ratio=0.5")]
-)
+@pytest.mark.parametrize(("mine", "other"), [("steps=20", "epochs=5"), ("epochs=5", "steps=20"), ("warmup_steps=3", "warmup_ratio=0.5")])
 def test_one_of_two_exclusive_keys_takes_the_place_of_the_files_other(tmp_path, mine, other):
     train = read_job(write_job(tmp_path, f"{SHORT}[train]\n{other}\n"), (f"train.{mine}",)).train
     key, value = mine.split("=")

@@ -47,7 +47,16 @@ def test_clipping_and_accumulation_are_never_left_to_deepspeeds_defaults(name):
 
 @pytest.mark.parametrize(
     "key",
-    ["gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "optimizer", "scheduler", "fp16", "bf16", "steps_per_print"],
+    [
+        "gradient_clipping",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "optimizer",
+        "scheduler",
+        "fp16",
+        "bf16",
+        "steps_per_print",
+    ],
 )
 def test_a_key_that_belongs_to_the_job_is_refused_by_name(tmp_path, key):
     file = write(tmp_path, {"zero_optimization": {"stage": 3}, key: "auto"})

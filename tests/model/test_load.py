@@ -123,7 +123,13 @@ def gathered(ranks, folder, dtype):
         with deepspeed.zero.GatheredParameters([parameter]):
             whole[name] = (tuple(parameter.shape), bits(parameter))
     shards = {name: bits(parameter.ds_tensor) for name, parameter in base.model.named_parameters()}
-    return {"whole": whole, "shards": shards, "shard_bytes": shard_bytes(base.model), "read": base.bytes_read, "parameters": base.parameters}
+    return {
+        "whole": whole,
+        "shards": shards,
+        "shard_bytes": shard_bytes(base.model),
+        "read": base.bytes_read,
+        "parameters": base.parameters,
+    }
 
 
 class Seen(TorchDispatchMode):
@@ -315,7 +321,9 @@ def test_loading_uses_no_collective_no_whole_tensor_and_no_other_read(dtype, poo
         assert counted <= through_read <= counted + small
 
 
-@pytest.mark.parametrize(("pool", "numel", "held"), [("ranks3", 2, [1, 1, 0]), ("ranks3", 4, [2, 2, 0]), ("ranks2", 1, [1, 0]), ("ranks3", 7, [3, 3, 1])])
+@pytest.mark.parametrize(
+    ("pool", "numel", "held"), [("ranks3", 2, [1, 1, 0]), ("ranks3", 4, [2, 2, 0]), ("ranks2", 1, [1, 0]), ("ranks3", 7, [3, 3, 1])]
+)
 def test_tensors_smaller_than_the_ranks(pool, numel, held, request):
     pool = request.getfixturevalue(pool)
     run = math.ceil(numel / pool.count)
