@@ -76,7 +76,7 @@ def answers_alike(merged: Path, predictions: list[dict[str, str]]) -> tuple[int,
     for batch in track(batches, "asking the merged model", console=console, transient=True):
         inputs = tokenizer([row["prompt"] + tokenizer.eos_token for row in batch], return_tensors="pt", padding=True)
         with torch.no_grad():
-            output = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            output = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         same += sum(text.strip() == row["prediction"] for text, row in zip(texts, batch, strict=True))
     return same, len(predictions)

@@ -165,3 +165,22 @@ def test_the_hubs_copy_out_of_reach_is_answered_with_the_files_to_name():
     assert "task.data: absent" in str(caught.value)
     assert "official CSV" in str(caught.value)
     assert has_split(E2E(kind="e2e"), "test")
+
+
+def test_the_hubs_copy_gives_the_same_examples_as_the_files(monkeypatch, tmp_path):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, revision, split):
+        asked.update(name=name, revision=revision, split=split)
+        return datasets.Dataset.from_dict(
+            {"meaning_representation": ["name[Blue Spice], area[city centre]"], "human_reference": ["It is in the centre."]}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "devset.csv").write_text('mr,ref\n"name[Blue Spice], area[city centre]",It is in the centre.\n')
+    (hub,) = read_e2e(E2E(kind="e2e"), "valid")
+    (file,) = read_e2e(E2E(kind="e2e", data=str(tmp_path)), "valid")
+    assert (hub.prompt, hub.completion) == (file.prompt, file.completion)
+    assert asked == {"name": "tuetschek/e2e_nlg", "revision": "refs/convert/parquet", "split": "validation"}
