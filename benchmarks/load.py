@@ -34,7 +34,7 @@ OURS, THEIRS = "ours", "transformers"
 LARGEST_BYTES = 2 * VOCABULARY * WIDTH
 COLUMNS = (
     "round", "way", "allocator", "rank", "seconds", "counted MB", "read() MB", "mapped MB",
-    "imports MB", "built MB", "peak MB", "of it shard MB", "collectives", "sent MB",
+    "imports MB", "built MB", "peak MB", "shard MB", "collectives", "sent MB",
 )  # fmt: skip
 Rank: TypeAlias = dict[str, float]
 Run: TypeAlias = tuple[int, str, str, list[Rank]]
@@ -57,10 +57,10 @@ def main() -> int:
         files = sorted(folder.glob("*.safetensors"))
         runs: list[Run] = []
         for turn in range(1, asked.rounds + 1):
-            for allocator in ("ours", "glibc's"):
+            for allocator in ("launched", "default"):
                 for way in (OURS, THEIRS):
                     runs.append((turn, way, allocator, load_once(way, allocator, folder, files, asked.ranks, Path(scratch))))
-                    console.print(f"round {turn}: {way}, {allocator} allocator setting: {seconds(runs[-1]):.2f} s")
+                    console.print(f"round {turn}: {way}, allocator as {allocator}: {seconds(runs[-1]):.2f} s")
         model_bytes = sum(rank["shard"] for rank in runs[0][3])
         file_bytes = sum(file.stat().st_size for file in files)
     rows = [row(run, number, rank) for run in runs for number, rank in enumerate(run[3])]
@@ -91,7 +91,7 @@ def load_once(way: str, allocator: str, folder: Path, files: list[Path], ranks: 
         children, outs = [], []
         for rank in range(ranks):
             environment = {**_environment(rank, ranks, Path(meeting), gpus=0), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            if allocator != "ours":
+            if allocator != "launched":
                 environment.pop(ALLOCATOR)
             outs.append(Path(meeting) / f"{rank}.json")
             command = [sys.executable, HERE / "load_rank.py", way, folder, CONFIG, outs[-1]]
@@ -123,30 +123,35 @@ def chosen(runs: list[Run], way: str, allocator: str) -> list[Run]:
     return [run for run in runs if run[1:3] == (way, allocator)]
 
 
+def ratio(runs: list[Run], allocator: str) -> float:
+    """Median over the rounds of their seconds to ours, each beside its neighbour in time."""
+    pairs = zip(chosen(runs, OURS, allocator), chosen(runs, THEIRS, allocator), strict=True)
+    return median(seconds(theirs) / seconds(ours) for ours, theirs in pairs)
+
+
 def summarise(runs: list[Run], model_bytes: float) -> list[str]:
     lines = []
-    for allocator in ("ours", "glibc's"):
+    for allocator in ("launched", "default"):
         ours, theirs = chosen(runs, OURS, allocator), chosen(runs, THEIRS, allocator)
-        ratio = median(seconds(b) / seconds(a) for a, b in zip(ours, theirs, strict=True))
         peaks = [max(max(rank["peak"] for rank in run[3]) for run in way) / 1e9 for way in (ours, theirs)]
         lines.append(
-            f"{allocator} allocator setting: median {median(map(seconds, ours)):.2f} s against {median(map(seconds, theirs)):.2f} s, "
-            f"median ratio {ratio:.1f}; highest peak {peaks[0]:.2f} GB against {peaks[1]:.2f} GB"
+            f"allocator as {allocator}: median {median(map(seconds, ours)):.2f} s against {median(map(seconds, theirs)):.2f} s, "
+            f"median ratio {ratio(runs, allocator):.1f}; highest peak {peaks[0]:.2f} GB against {peaks[1]:.2f} GB"
         )
-    moved = max(rank["moved"] for rank in chosen(runs, THEIRS, "ours")[0][3])
+    moved = max(rank["moved"] for rank in chosen(runs, THEIRS, "launched")[0][3])
     lines.append(f"transformers' ranks take part in collectives of {moved / 1e9:.2f} GB, {moved / model_bytes:.2f} times the model")
     return lines
 
 
 def promises(runs: list[Run], file_bytes: int) -> list[tuple[str, bool]]:
     """What the loader promises, checked on every round and every rank, with the allocator setting that ranks get."""
-    ours, theirs = chosen(runs, OURS, "ours"), [run for run in runs if run[1] == THEIRS]
+    ours = chosen(runs, OURS, "launched")
     all_ours = [rank for run in ours for rank in run[3]]
     share = file_bytes / len(ours[0][3])
     most_read = max(max(rank["counted"], rank["rchar"]) for rank in all_ours)
     spare = max(rank["peak"] - rank["rss_imports"] - rank["shard"] for rank in all_ours)
     calls = max(rank["calls"] for rank in all_ours)
-    ratio = median(map(seconds, theirs)) / median(map(seconds, ours))
+    times = min(ratio(runs, "launched"), ratio(runs, "default"))
     crcs = {tuple(rank["crc"] for rank in run[3]) for run in runs}
     return [
         (f"each rank reads 1/N of the bytes: at most {most_read / share - 1:+.3%} (limit +1 %)", most_read <= 1.01 * share),
@@ -155,7 +160,7 @@ def promises(runs: list[Run], file_bytes: int) -> list[tuple[str, bool]]:
             spare < 2 * LARGEST_BYTES,
         ),
         (f"no collective moves weights: {calls:.0f} calls", calls == 0),
-        (f"at least twice as fast as transformers: {ratio:.1f} times", ratio >= 2),
+        (f"at least twice as fast as transformers: {times:.1f} times, with either allocator setting", times >= 2),
         ("every rank's shards are the same bytes both ways (CRC-32)", len(crcs) == 1),
     ]
 
@@ -185,7 +190,7 @@ def record(file: Path, runs: list[Run], rows: list[tuple[str, ...]], summary: li
         "Seconds: from a barrier after all imports to the rank's own end. counted: by our reader; read(): by the kernel (`rchar`);",
         "mapped: file pages that became resident, which is how transformers reads. peak: `VmHWM`, imports and mapped pages included.",
         "sent: bytes of the whole tensors that collectives handled on this rank. MB are 10^6 bytes.",
-        f"allocator: ours is `{ALLOCATOR}` as `pipeline/cluster/launch.py` sets it, glibc's is without it.",
+        f"allocator: launched has `{ALLOCATOR}` as `pipeline/cluster/launch.py` sets it for ranks on CPUs; default is glibc's own.",
         "",
     ]
     file.parent.mkdir(parents=True, exist_ok=True)

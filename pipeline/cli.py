@@ -57,29 +57,28 @@ def train(
     run: RunFolder = None,
     ranks: RankCount = None,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run from the run folder first.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace an earlier run in the run folder.")] = False,
 ) -> None:
     """Train a job's delta on this machine, or on the ranks that torchrun or srun started.
 
     Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
     """
-    import shutil
-
     from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
     from pipeline.job.read import read_job
+    from pipeline.run_folder import refuse_earlier, remove_if_empty_handed
 
     asked = read_job(job, tuple(overrides or ()))
     folder = run or Path("runs") / job.stem
     if not inside_ranks():
-        _make_room(folder, fresh)
+        refuse_earlier(folder, fresh)
         code = launch(sys.argv[1:], ranks)
-        if code == JOB_ERROR and folder.is_dir() and _barely_started(folder):
-            shutil.rmtree(folder)
+        if code == JOB_ERROR:
+            remove_if_empty_handed(folder)
         sys.exit(code)
     from pipeline.rank import as_rank
     from pipeline.run import train as train_here
 
-    as_rank(folder, lambda joined, screen: train_here(asked, folder, joined, screen))
+    as_rank(folder, lambda joined, screen: train_here(asked, folder, joined, screen, fresh))
 
 
 @app.command()
@@ -143,26 +142,6 @@ def _job_of(run: Path, overrides: list[str] | None) -> Job:
     if not (run / "job.toml").is_file():
         raise JobError(f"{run}: not a run folder: it has no job.toml. Name the folder that zlora train wrote.")
     return read_job(run / "job.toml", tuple(overrides or ()))
-
-
-def _make_room(folder: Path, fresh: bool) -> None:
-    """An earlier run stays unless the user says otherwise."""
-    import shutil
-
-    if folder.exists() and not folder.is_dir():
-        raise JobError(f"{folder}: is a file. Use --run to name another folder.")
-    if not folder.exists() or _barely_started(folder):
-        return
-    if not fresh:
-        raise JobError(f"{folder}: holds an earlier run. Use --run for another folder, or --fresh to replace it.")
-    if not (folder / "job.toml").is_file() and not (folder / "logs").is_dir():
-        raise JobError(f"{folder}: is not a run folder, so --fresh does not remove it. Use --run for another folder.")
-    shutil.rmtree(folder)
-
-
-def _barely_started(folder: Path) -> bool:
-    """Nothing there but logs: a start that failed before it trained anything."""
-    return {path.name for path in folder.iterdir()} <= {"logs"}
 
 
 if os.environ.get("PYTHONWARNINGS") is None and "RANK" in os.environ:

@@ -25,6 +25,7 @@ from pipeline.model.build import checkpointed, read_config, require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.report import markdown, show_end, show_scores, show_start
+from pipeline.run_folder import clear, refuse_earlier
 from pipeline.screen import Screen
 from pipeline.tasks.example import Example, Sequence
 from pipeline.tasks.open import has_split, read_examples, separator_text
@@ -88,8 +89,14 @@ class Digests:
         return self._files
 
 
-def train(job: Job, run: Path, ranks: Ranks, screen: Screen) -> None:
-    """Trains the job's delta into the run folder."""
+def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False) -> None:
+    """Trains the job's delta into the run folder.
+
+    Args:
+        fresh: an earlier run in the folder gives way, once everything that can be wrong with the job has been checked.
+    """
+    if ranks.first:
+        refuse_earlier(run, fresh)
     start = time.perf_counter()
     session = open_session(job, ranks, screen)
     _, sequences, too_long = session.sequences("train")
@@ -101,6 +108,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen) -> None:
     if held_out is None:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
     if ranks.first:
+        clear(run)
         write_text(run / "job.toml", job_toml(job))
         write_json(run / "environment.json", environment(ranks.count, ranks.device))
     result: dict[str, Any] = {"schema_version": 1, "steps": course.steps}

@@ -25,6 +25,13 @@ TASKS = ("films", "trains")
 MERGED_TASK = TASKS[0]
 BATCH_PROMPTS = 30
 
+NEXT = f"""\
+1. copy {HERE / "films.toml"}; set base.model to a folder or hub id, and task.data to a folder with train.jsonl,
+   valid.jsonl and test.jsonl of {{"prompt": "...", "completion": "..."}}
+2. .venv/bin/zlora train my.toml
+3. .venv/bin/zlora evaluate runs/my
+4. .venv/bin/zlora merge MODEL runs/my/delta --out my-model"""
+
 console = Console(highlight=False)
 
 
@@ -36,10 +43,13 @@ def main() -> None:
     for task in TASKS:
         run = RUNS / task
         zlora("train", HERE / f"{task}.toml", "--run", run, "--fresh", *ranks)
-    delta, merged = RUNS / MERGED_TASK / "delta", RUNS / MERGED_TASK / "merged"
+    delta, merged = RUNS / MERGED_TASK / "delta", RUNS / f"{MERGED_TASK}-merged"
+    shutil.rmtree(merged, ignore_errors=True)
     zlora("merge", HERE / "base", delta, "--out", merged)
     same, asked = answers_alike(merged, last_predictions(MERGED_TASK))
-    console.print(f"\nthe merged model, in transformers, answers {same} of {asked} held-out prompts exactly as base + delta did")
+    console.print(
+        f"\nthe merged model, in transformers, answers {same} of {asked} held-out prompts exactly as base + delta did", soft_wrap=True
+    )
     if same < asked:
         console.print("error: the merged model differs from base + delta", style="bold red")
         sys.exit(1)
@@ -104,10 +114,8 @@ def summary(merged: Path, seconds: float) -> None:
     places.add_row("  TensorBoard", f".venv/bin/tensorboard --logdir {RUNS}")
     console.print(places)
     console.print("\nyour own model and data", style="bold")
-    console.print(f"  1. copy {HERE / 'films.toml'}; in it set base.model to a folder or hub id, and task.data to a folder with")
-    console.print('     train.jsonl, valid.jsonl and test.jsonl of {"prompt": "...", "completion": "..."}')
-    console.print("  2. .venv/bin/zlora train my.toml", "  3. .venv/bin/zlora evaluate runs/my", sep="\n", markup=False)
-    console.print("  4. .venv/bin/zlora merge MODEL runs/my/delta --out my-model", markup=False)
+    for line in NEXT.splitlines():
+        console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def _gpus() -> int:

@@ -120,8 +120,7 @@ def _from_hub(split: Split) -> list[Example]:
             "Name a folder with the official CSV files in task.data."
         ) from None
     return [
-        _example([row["meaning_representation"], row["human_reference"]], f"{_HUB}/{split}:{number}")
-        for number, row in enumerate(rows, 1)
+        _example([row["meaning_representation"], row["human_reference"]], f"{_HUB}/{split}:{number}") for number, row in enumerate(rows, 1)
     ]
 
 

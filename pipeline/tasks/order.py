@@ -51,13 +51,15 @@ def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> lis
 
     Args:
         lengths: tokens of each example of the step.
-        limit_tokens: of one micro-batch; a packed one costs the sum of its lengths, a padded one count x longest.
+        limit_tokens: of one micro-batch; a packed one costs the sum of its lengths, a padded one count x longest. An example
+            longer than the limit, which training refuses, raises it to its own length.
 
     Returns:
         [rank][micro-batch] -> indices into `lengths`. Every rank gets the same number of micro-batches, as ZeRO-3's
         collectives need; some may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    limit_tokens = max([limit_tokens, *lengths])
     rounds = max(1, math.ceil(sum(lengths) / (ranks * limit_tokens)))
     while True:
         bins: list[list[int]] = [[] for _ in range(ranks * rounds)]
@@ -68,6 +70,6 @@ def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> lis
             # Longest first: the first example of a bin is its longest.
             filled = filled + lengths[index] if packed else lengths[bins[place][0]] * len(bins[place])
             heapq.heappush(heap, (filled, place))
-        if max(heap)[0] <= limit_tokens or rounds >= len(lengths):
+        if max(heap)[0] <= limit_tokens:
             return [[sorted(bins[micro * ranks + rank]) for micro in range(rounds)] for rank in range(ranks)]
         rounds += 1

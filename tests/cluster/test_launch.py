@@ -149,6 +149,7 @@ def test_a_rank_ended_by_a_signal_is_named_with_it_and_may_be_run_again(run, cap
         # Of two crashes, the earlier.
         (f"{SECOND}; {say('connection closed by peer', 1)}", f"{FIRST}; {say('rank 1 failed', 1)}", 1, "rank 1 failed"),
     ],
+    ids=["mistake over crash", "mistake over abort", "divergence over crash", "signal over crash", "earlier crash"],
 )
 def test_the_cause_is_shown_and_not_its_echo(run, capfd, first, second, code, shown):
     assert run(by_rank(first, second), 2)[0] == code

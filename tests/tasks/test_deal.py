@@ -63,6 +63,15 @@ def test_padding_counts_against_the_limit():
     assert len(deal(lengths, 1, 53, False)[0]) > 1
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_example_over_the_limit_does_not_scatter_the_others(packed):
+    lengths = [500] + [10] * 400
+    dealt = deal(lengths, 2, 100, packed)
+    assert sorted(index for rank in dealt for chosen in rank for index in chosen) == list(range(401))
+    assert len(dealt[0]) <= 8
+    assert max(cost(chosen, lengths, packed) for rank in dealt for chosen in rank) == 500
+
+
 def test_ranks_carry_nearly_the_same_load():
     lengths = [random.Random(1).randint(1, 60) for _ in range(64)]
     loads = [sum(lengths[index] for chosen in rank for index in chosen) for rank in deal(lengths, 4, 4096, True)]

@@ -180,7 +180,7 @@ def test_the_hubs_copy_gives_the_same_examples_as_the_files(monkeypatch, tmp_pat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (tmp_path / "devset.csv").write_text('mr,ref\n"name[Blue Spice], area[city centre]",It is in the centre.\n')
-    (hub,) = read_e2e(E2E(kind="e2e"), "valid")
-    (file,) = read_e2e(E2E(kind="e2e", data=str(tmp_path)), "valid")
+    (hub,) = read_examples(E2E(kind="e2e"), "valid")
+    (file,) = read_examples(E2E(kind="e2e", data=str(tmp_path)), "valid")
     assert (hub.prompt, hub.completion) == (file.prompt, file.completion)
     assert asked == {"name": "tuetschek/e2e_nlg", "revision": "refs/convert/parquet", "split": "validation"}
