@@ -166,11 +166,9 @@ def test_a_run_folder_that_is_taken_is_refused_and_untouched(refused, tmp_path):
     assert "file: is a file" in refused("train", "job.toml", "--run", "file")
 
 
-def test_fresh_removes_runs_only(refused, tmp_path):
+def test_fresh_does_not_touch_what_no_run_wrote(refused, tmp_path):
     write_job(tmp_path)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    assert "thesis: is not a run folder" in refused("train", "job.toml", "--run", "thesis", "--fresh")
+    assert "job.toml" in refused("train", "job.toml", "--run", ".", "--fresh")
 
 
 def test_evaluating_what_is_no_run_is_one_line(refused, tmp_path):

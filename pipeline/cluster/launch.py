@@ -91,6 +91,8 @@ def launch(arguments: list[str], ranks: int | None) -> int:
     count = ranks or gpus or 1
     if gpus and count > gpus:
         raise JobError(f"--ranks {count}: this machine shows {gpus} GPUs. Use at most {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU.")
+    # SIGTERM (a batch system, a supervisor) ends the ranks in good order too, by way of the clean-up below.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="zlora-"))
     children: list[subprocess.Popen[bytes]] = []
     try:

@@ -11,18 +11,30 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from pydantic import ValidationError
 from torch import nn
+
+from pipeline.job.errors import JobError
 
 Fill = Callable[[int, torch.Tensor], None]
 """(first element, destination 1-D tensor) -> writes the elements from there on into the destination."""
 
 
 class Partitioner:
-    """Makes ZeRO-3 parameters that were never whole."""
+    """Makes ZeRO-3 parameters that were never whole.
+
+    Raises:
+        JobError: DeepSpeed does not know a key of the memory configuration, or not its value.
+    """
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
         # Constructed, not entered: entering would hook every module's constructor.
-        self._init = Init(config_dict_or_path=config, dtype=dtype)
+        try:
+            self._init = Init(config_dict_or_path=config, dtype=dtype)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise JobError(f"memory.config: zero_optimization.{key}: {problem['msg']}. Mend that key of the file.") from None
         self._dtype = dtype
 
     def parameter(self, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:

@@ -18,19 +18,17 @@ def local_base(model: str, revision: str | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if Path(model).is_absolute() or model.startswith("."):
-        raise JobError(f'base.model = "{model}": no such folder. Correct the path.')
+        raise JobError(f'base "{model}": no such folder. Correct the path.')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise JobError(
-            f'base.model = "{model}": neither a folder here nor a model on the hub ({_first_line(error)}). Correct the name.'
-        ) from None
+        raise JobError(f'base "{model}": neither a folder here nor a model on the hub ({_first_line(error)}). Correct the name.') from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise JobError(
-            f'base.model = "{model}": not in the cache here, and the hub cannot be reached ({_first_line(error)}). '
+            f'base "{model}": not in the cache here, and the hub cannot be reached ({_first_line(error)}). '
             "Fetch it where there is a network, or name a folder."
         ) from None
 

@@ -115,7 +115,20 @@ def read_header(file: Path) -> list[Entry]:
         if data_start + end > size:
             raise JobError(f"{file}: truncated: {size} bytes here, at least {data_start + end} by its header. Fetch the file again.")
         entries.append(entry)
-    return sorted(entries, key=lambda entry: entry.start)
+    entries.sort(key=lambda entry: entry.start)
+    _refuse_gaps(file, entries, data_start, size)
+    return entries
+
+
+def _refuse_gaps(file: Path, entries: list[Entry], data_start: int, size: int) -> None:
+    """The format has the tensors lie end to end and fill the file."""
+    expected = data_start
+    for entry in entries:
+        if entry.start != expected:
+            raise JobError(f'{file}: corrupt: tensor "{entry.name}" does not begin where the one before it ends. Fetch the file again.')
+        expected += entry.bytes
+    if expected != size:
+        raise JobError(f"{file}: corrupt: {size} bytes here, {expected} by its header. Fetch the file again.")
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], int]:

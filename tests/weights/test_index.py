@@ -194,3 +194,17 @@ def test_a_folder_without_weights_is_told_what_is_missing(tmp_path):
     message = refused(tmp_path)
     assert "model.safetensors" in message
     assert "convert" not in message
+
+
+@pytest.mark.parametrize("damage", ["trailing", "gap", "overlap"])
+def test_what_the_library_refuses_is_refused(damage, tmp_path):
+    import struct
+
+    file = tmp_path / "model.safetensors"
+    second = {"trailing": (4, 8), "gap": (8, 12), "overlap": (2, 6)}[damage]
+    header = json.dumps({n: {"dtype": "F32", "shape": [1], "data_offsets": o} for n, o in (("a", (0, 4)), ("b", second))}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    with pytest.raises(SafetensorError), safe_open(file, "pt"):
+        pass
+    with pytest.raises(JobError, match="corrupt"):
+        open_checkpoint(tmp_path)
