@@ -94,8 +94,8 @@ class StepBar:
         # What came before the first step (loading, a first evaluation) says nothing about the rest.
         first, begun = self._first = self._first or (done, now)
         if not self._console.is_terminal and (now - self._said > _LINE_EVERY_S or done == self._steps):
-            left = (now - begun) / max(1, done - first) * (self._steps - done)
-            self._console.print(f"step {done}/{self._steps} · {note} · {left:.0f} s left")
+            left = f" · {(now - begun) / (done - first) * (self._steps - done):.0f} s left" if done > first else ""
+            self._console.print(f"step {done}/{self._steps} · {note}{left}")
             self._said = now
 
 

@@ -23,7 +23,7 @@ def run(tmp_path):
 
 
 def test_an_earlier_run_needs_fresh(run):
-    with pytest.raises(JobError, match="holds an earlier run.*--fresh"):
+    with pytest.raises(JobError, match=r"holds an earlier run.*--fresh"):
         refuse_earlier(run, fresh=False)
     refuse_earlier(run, fresh=True)
 

@@ -143,7 +143,8 @@ def test_memory_stays_below_three_of_the_largest_tensor(tmp_path):
     manifest = {"base": "x", "base_digest": base_digest(digests), "base_files": digests, "job_digest": "", "step": 1}
     write_delta(tmp_path / "delta", tensors, {}, {**manifest, "parameters": 1, "modules": modules})
     script = (
-        "import resource, sys; from pathlib import Path; from pipeline.deltas.merge import merge; import torch; torch.ones(8) @ torch.ones(8)\n"
+        "import resource, sys; from pathlib import Path; import torch; from pipeline.deltas.merge import merge\n"
+        "torch.ones(8) @ torch.ones(8)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); merge(*map(Path, sys.argv[1:])); print(peak() - before)"
     )
