@@ -58,6 +58,8 @@ def inside_ranks() -> bool:
         MASTER_ADDR=os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
         MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
     )
+    for name, value in _thread_defaults(int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))).items():
+        os.environ.setdefault(name, value)
     return True
 
 
@@ -152,16 +154,20 @@ def _environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, st
         _FOLDER: str(folder),
         _LAUNCHER: str(os.getpid()),
     }
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
-        # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    defaults = _thread_defaults(len(os.sched_getaffinity(0)) // count)
     if not gpus:
         # Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once.
         defaults |= {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
     return {**defaults, **environment}
+
+
+def _thread_defaults(cores: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores)),
+        # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:

@@ -37,8 +37,11 @@ def join_ranks() -> Ranks:
     """Joins the process group that the environment describes (ours, torchrun's or Slurm's)."""
     rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        # A batch system may show each task its own GPU only, which then is number 0. DeepSpeed reads LOCAL_RANK too.
+        device = torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+        os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     rendezvous = os.environ.get("ZLORA_RENDEZVOUS", "env://")
     dist.init_process_group("nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=_TIMEOUT)
