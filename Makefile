@@ -3,8 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Another torch build than the pinned one, as pip takes it:
-#   make setup TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cu126"     (V100)
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"     (V100)
 TORCH ?=
+
+# Runs a command with a dot a second for progress; what it printed is shown only if it fails.
+define quietly
+	@$(1) > $(VENV)/install.log 2>&1 & pid=$$!; \
+	while kill -0 $$pid 2>/dev/null; do printf .; sleep 1; done; \
+	wait $$pid || { echo; tail -n 30 $(VENV)/install.log; echo "error: the installation failed; all of it is in $(VENV)/install.log"; exit 2; }
+endef
 
 .PHONY: help setup demo test lint lock clean FORCE
 
@@ -18,11 +25,12 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt $(if $(TORCH),FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old: zlora needs 3.10 or later. Name another: make setup PYTHON=python3.12"; exit 2; }
-	@echo "Installing into $(VENV) (some minutes, once) ..."
+	@printf "installing into $(VENV) (some minutes, once) "
 	@$(PYTHON) -m venv $(VENV)
 	@grep -v $(if $(TORCH),'^torch==',-e '^$$') .ci/constraints.txt > $(VENV)/constraints.txt
-	@$(if $(TORCH),$(BIN)/pip install --disable-pip-version-check $(TORCH))
-	@$(BIN)/pip install --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	$(if $(TORCH),$(call quietly,$(BIN)/pip install --disable-pip-version-check $(TORCH)))
+	$(call quietly,$(BIN)/pip install --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]')
+	@echo " done"
 	@touch $@
 
 demo: setup

@@ -59,3 +59,19 @@ def test_a_rank_with_nothing_to_do_takes_part(job, ranks1, ranks3, tmp_path):
     np.testing.assert_allclose(three.losses, alone.losses, rtol=2e-6)
     for name, tensor in alone.tensors.items():
         np.testing.assert_allclose(three.tensors[name], tensor, atol=2e-5, err_msg=name)
+
+
+def test_the_bases_own_dropout_is_reproducible_on_the_same_ranks(job, ranks2, tmp_path):
+    noisy = [trained(ranks2, job, tmp_path / name, "train.dropout=0.3") for name in ("one", "two")]
+    quiet = trained(ranks2, job, tmp_path / "quiet")
+    assert noisy[0].losses == noisy[1].losses
+    for name, tensor in noisy[0].tensors.items():
+        assert np.array_equal(tensor, noisy[1].tensors[name]), name
+    assert all(abs(a - b) > 1e-3 for a, b in zip(noisy[0].losses, quiet.losses, strict=True))
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(job, ranks2, tmp_path):
+    one, two, other = (trained(ranks2, job, tmp_path / str(n), *HARD, f"train.seed={seed}") for n, seed in enumerate((1, 1, 2)))
+    assert one.losses == two.losses
+    assert all(np.array_equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
+    assert one.losses[0] != other.losses[0], "another order of examples"
