@@ -11,21 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TypeAlias
 
 from llama_checkpoint import VOCABULARY, WIDTH, write_llama
+from machine import origin
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster.launch import _environment
+from pipeline.cluster.launch import rank_environment
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "ds_configs" / "zero3.json"
@@ -91,7 +89,7 @@ def load_once(way: str, allocator: str, folder: Path, files: list[Path], ranks: 
     with tempfile.TemporaryDirectory(dir=scratch) as meeting:
         children, outs = [], []
         for rank in range(ranks):
-            environment = {**_environment(rank, ranks, Path(meeting), gpus=0), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            environment = {**rank_environment(rank, ranks, Path(meeting), gpus=0), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             if allocator != "launched":
                 environment.pop(ALLOCATOR)
             outs.append(Path(meeting) / f"{rank}.json")
@@ -171,16 +169,10 @@ def promises(runs: list[Run], file_bytes: int) -> list[tuple[str, bool]]:
 
 
 def record(file: Path, busy: float, rows: list[tuple[str, ...]], summary: list[str], checks: list[tuple[str, bool]]) -> None:
-    names = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    arguments = " ".join(sys.argv[1:])
     text = [
         "# Loading a base: ours beside transformers' ZeRO-3 load",
         "",
-        f"- date: {date.today()}; command: `python benchmarks/load.py {arguments}`",
-        f"- hardware: {os.cpu_count()} cores of {cpu_model()}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB; "
-        f"load average before the start: {busy:.1f}",
-        f"- versions: Python {platform.python_version()}, {versions}",
+        *origin("load.py", "torch", "deepspeed", "transformers", "accelerate", "safetensors"),
         f"- `{CONFIG.parent.name}/{CONFIG.name}`, gloo, one thread a rank, page cache warm, bf16",
         "",
         *(f"- {line}" for line in summary),
@@ -201,11 +193,6 @@ def record(file: Path, busy: float, rows: list[tuple[str, ...]], summary: list[s
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(text), encoding="utf-8")
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

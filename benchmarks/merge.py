@@ -15,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
 from llama_checkpoint import HEADS, KV_HEADS, VOCABULARY, WIDTH, write_llama
-from load import machine
+from machine import origin
 from rich.console import Console
 from rich.table import Table
 
@@ -73,13 +72,13 @@ def main() -> None:
     beyond = max(peak for _, peak in runs["ours"]) - imports["ours"]
     summary = [
         f"PEFT / ours, median of {asked.rounds} paired rounds: {ratio:.1f} x the time",
-        f"ours beyond its imports: {beyond / 1e6:.0f} MB at most = {beyond / LARGEST_BYTES:.2f} x the largest tensor ({LARGEST_BYTES / 1e6:.0f} MB)",
+        f"ours beyond its imports: {beyond / 1e6:.0f} MB at most, the largest tensor has {LARGEST_BYTES / 1e6:.0f} MB",
     ]
     console.print(*summary, sep="\n")
     if asked.record:
         rows = ["| " + " | ".join(cells) + " |" for cells in lines]
         rows.insert(1, "|" + "---|" * len(lines[0]))
-        head = ["# Merging", "", machine(), "", f"`python benchmarks/merge.py`, peft {version('peft')}.", ""]
+        head = ["# Merging a delta: ours beside PEFT", "", *origin("merge.py", "torch", "transformers", "peft", "safetensors"), ""]
         asked.record.write_text("\n".join([*head, *rows, "", *(f"- {line}" for line in summary)]) + "\n", encoding="utf-8")
 
 

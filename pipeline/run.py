@@ -176,12 +176,12 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     folder = _one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     config = read_config(folder)
     tokens = Tokens(folder, lambda end: separator_text(job.task, end))
-    base = load_base(folder, config, dtype, ranks.device, zero, job.train.dropout, lambda names: screen.progress("loading the base", names))
     if tokens.vocabulary > config.vocab_size:
         raise JobError(
             f"{folder}: the tokenizer has ids up to {tokens.vocabulary - 1}, the model only {config.vocab_size} embeddings. "
             "Use the tokenizer of this base."
         )
+    base = load_base(folder, config, dtype, ranks.device, zero, job.train.dropout, lambda names: screen.progress("loading the base", names))
     digests = Digests(base) if ranks.first else None
     delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device)
     root = Causal(base.model, base.family)

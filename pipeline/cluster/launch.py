@@ -100,7 +100,7 @@ def launch(arguments: list[str], ranks: int | None) -> int:
     try:
         for rank in range(count):
             command = [sys.executable, "-m", "pipeline", *arguments]
-            environment = _environment(rank, count, folder, gpus)
+            environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
@@ -143,7 +143,8 @@ def report_failure(message: str, exit_code: int, terminal: TextIO) -> None:
         print(message, file=terminal, flush=True)
 
 
-def _environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, str]:
+def rank_environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, str]:
+    """What a rank of this machine is started with; what the user has set stays."""
     environment = {
         **os.environ,
         "RANK": str(rank),

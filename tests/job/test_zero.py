@@ -89,3 +89,13 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
 def test_a_missing_stage_is_refused(tmp_path):
     with pytest.raises(JobError, match="stage = null"):
         deepspeed_config(write(tmp_path, {"zero_optimization": {}}))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"zero_hpz_partition_size": 8}, {"zero_quantized_nontrainable_weights": True}, {"offload_param": {"device": "nvme"}}]
+)
+def test_what_the_loader_cannot_store_is_refused(extra, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **extra}}))
+    with pytest.raises(JobError, match=f"{next(iter(extra))}.*not supported yet"):
+        deepspeed_config(file)

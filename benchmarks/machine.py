@@ -1,0 +1,26 @@
+"""What a result was measured on, for its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+def origin(script: str, *packages: str) -> list[str]:
+    """Markdown lines: date, command, hardware, versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return [
+        f"- date: {date.today()}; command: `{' '.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`",
+        f"- hardware: {os.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB",
+        f"- versions: Python {platform.python_version()}, {versions}",
+    ]
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
