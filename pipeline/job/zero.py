@@ -12,8 +12,8 @@ from typing import Any
 
 from pipeline.job.errors import JobError
 
-_NOT_YET = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
-"""They change how a shard is stored, which the loader does not know."""
+_NOT_YET = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
+"""Key -> its value when off. On, they change how a shard is stored, which the loader does not know."""
 _ALLOWED = {"zero_optimization", "comms_logger", "communication_data_type"}
 
 
@@ -45,8 +45,8 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
             f"{path}: zero_optimization.stage = {json.dumps(stage)}: with a frozen base, stages 1 and 2 shard nothing. "
             "Use 3 (base sharded over all ranks) or 0 (base whole on every rank)."
         )
-    for key in _NOT_YET:
-        if asked["zero_optimization"].get(key) not in (None, False, 0, 1):
+    for key, off in _NOT_YET.items():
+        if asked["zero_optimization"].get(key, off) != off:
             raise JobError(f"{path}: zero_optimization.{key}: not supported yet. Remove it.")
     offload = asked["zero_optimization"].get("offload_param") or {}
     if isinstance(offload, dict) and offload.get("device") == "nvme":
