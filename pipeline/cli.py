@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.job.errors import JobError
+from pipeline.job.errors import JobError, of_system
 
 if TYPE_CHECKING:
     from pipeline.job.spec import Job
+    from pipeline.screen import Screen
+    from pipeline.train.engine import Ranks
 
 app = typer.Typer(
     name="zlora",
@@ -32,11 +34,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 
 
 def main() -> None:
-    """Runs the command line; a `JobError` becomes one line and exit code 2."""
+    """Runs the command line; what the user can repair becomes one line and exit code 2."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # By way of an exception, so that a half-written folder is removed on the way out. What nohup ignores stays ignored.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         app()
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if (text := of_system(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -76,9 +87,13 @@ def train(
             remove_if_empty_handed(folder)
         sys.exit(code)
     from pipeline.rank import as_rank
-    from pipeline.run import train as train_here
 
-    as_rank(folder, lambda joined, screen: train_here(asked, folder, joined, screen, fresh))
+    def body(joined: Ranks, screen: Screen) -> None:
+        from pipeline.run import train as train_here
+
+        train_here(asked, folder, joined, screen, fresh)
+
+    as_rank(folder, body)
 
 
 @app.command()
@@ -99,9 +114,13 @@ def evaluate(
     if not inside_ranks():
         sys.exit(launch(sys.argv[1:], ranks))
     from pipeline.rank import as_rank
-    from pipeline.run import evaluate as evaluate_here
 
-    as_rank(run, lambda joined, screen: evaluate_here(asked, run, split, joined, screen), as_json)
+    def body(joined: Ranks, screen: Screen) -> dict[str, Any]:
+        from pipeline.run import evaluate as evaluate_here
+
+        return evaluate_here(asked, run, split, joined, screen)
+
+    as_rank(run, body, as_json)
 
 
 @app.command()
@@ -142,9 +161,3 @@ def _job_of(run: Path, overrides: list[str] | None) -> Job:
     if not (run / "job.toml").is_file():
         raise JobError(f"{run}: not a run folder: it has no job.toml. Name the folder that zlora train wrote.")
     return read_job(run / "job.toml", tuple(overrides or ()))
-
-
-if os.environ.get("PYTHONWARNINGS") is None and "RANK" in os.environ:
-    import warnings
-
-    warnings.simplefilter("ignore")

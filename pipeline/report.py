@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def show_start(
         ("base", f"{job.base.model} ({job.base.dtype}, loaded in {base.load_s:.1f} s)"),
         ("frozen", f"{frozen:,} parameters"),
         ("trained", f"{trained:,} parameters ({100 * trained / frozen:.2f} %)"),
-        ("per rank", f"{size_text(shard_bytes(root))} of the base, {size_text(trained * 16)} of the delta, on {where}"),
+        ("per rank", f"{size_text(shard_bytes(root))} of the base between steps, {size_text(trained * 16)} of the delta, on {where}"),
         ("steps", lengths),
     ]
     if too_long:
@@ -43,6 +44,8 @@ def show_start(
 def show_scores(screen: Screen, title: str, scores: Scores) -> None:
     """Metrics, and the first few texts beside a reference."""
     rows = [(name, f"{value:.2f}") for name, value in scores.metrics.items()]
+    if scores.too_long:
+        rows.append(("too long", f"{scores.too_long:,} examples did not fit the context and were cut or left out"))
     for prediction in scores.predictions[:_SHOWN]:
         rows += [
             ("prompt", prediction.prompt),
@@ -54,14 +57,15 @@ def show_scores(screen: Screen, title: str, scores: Scores) -> None:
 
 def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any]) -> None:
     """What came out and where it is."""
+    revision = ["--revision", job.base.revision] if job.base.revision else []
     rows = [
         ("time", f"{result['seconds']:.0f} s for {result['steps']:,} steps"),
         ("loss", f"{result['loss']:.4f} at the last step"),
         ("peak memory", f"{size_text(result['peak_memory_bytes'])} on the first rank"),
         ("delta", str(run / "delta")),
-        ("TensorBoard", f"tensorboard --logdir {run / 'tensorboard'}"),
-        ("score it", f"zlora evaluate {run}"),
-        ("merge it", f"zlora merge {job.base.model} {run / 'delta'} --out MERGED"),
+        ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(run / "tensorboard")])),
+        ("score it", shlex.join(["zlora", "evaluate", str(run)])),
+        ("merge it", shlex.join(["zlora", "merge", job.base.model, str(run / "delta"), *revision, "--out", "MERGED"])),
     ]
     if result["skipped_steps"]:
         rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (fp16 gradients out of range)"))

@@ -5,16 +5,16 @@ job -> base (weights, model) -> delta (methods) -> sequences (tasks) -> steps (t
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.evaluate.score import EvaluationSet, Scores, evaluation_set, score, write_predictions
+from pipeline.evaluate.score import EvaluationSet, Scores, score, write_predictions
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, job_toml
 from pipeline.job.spec import Job, Split
@@ -27,7 +27,7 @@ from pipeline.model.load import LoadedBase, load_base
 from pipeline.report import markdown, show_end, show_scores, show_start
 from pipeline.run_folder import clear, refuse_earlier
 from pipeline.screen import Screen
-from pipeline.tasks.example import Example, Sequence
+from pipeline.tasks.example import Example, Sequence, grouped
 from pipeline.tasks.open import has_split, read_examples, separator_text
 from pipeline.tasks.tokens import Tokens, fit
 from pipeline.train.board import Board
@@ -48,24 +48,42 @@ class Session:
     ranks: Ranks
     screen: Screen
     base: LoadedBase
-    digests: Digests | None
-    """On the first rank only."""
+    digests: Future[dict[str, str]] | None
+    """sha256 of the base's files, computed beside the first steps; on the first rank only."""
     tokens: Tokens
     delta: Delta
     root: Causal
     engine: Engine
     context: int
+    """Positions the model has."""
+    vocabulary: int
 
-    def sequences(self, split: Split) -> tuple[list[Example], list[Sequence], int]:
-        """A split's examples as sequences that fit, and how many were too long."""
-        examples = read_examples(self.job.task, split)
-        sequences = self.tokens.sequences(examples, self._bar(f"tokenising {split}"))
+    def training_sequences(self) -> tuple[list[Sequence], int]:
+        """The training split as sequences that fit, and how many were too long."""
         limit = min(self.job.train.max_tokens or self.context, self.context)
-        return fit(examples, sequences, limit, self.job.task.too_long)
+        _, sequences, too_long = self._fitted("train", limit)
+        return sequences, too_long
 
     def evaluation(self, split: Split) -> EvaluationSet:
-        examples, sequences, _ = self.sequences(split)
-        return evaluation_set(split, examples, sequences, self.job.evaluate.max_prompts)
+        """A split as it is scored: `train.max_tokens` does not bind it, and a prompt never depends on its references."""
+        examples, sequences, too_long = self._fitted(split, self.context)
+        prompts = grouped(examples)[: self.job.evaluate.max_prompts]
+        kept = {prompt.text for prompt in prompts}
+        room = max(1, self.context - self.job.evaluate.max_new_tokens)
+        ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in self.tokens.prompts([p.text for p in prompts])]
+        chosen = [s for e, s in zip(examples, sequences, strict=True) if e.prompt in kept]
+        return EvaluationSet(split, prompts, ids, chosen, too_long)
+
+    def _fitted(self, split: Split, limit: int) -> tuple[list[Example], list[Sequence], int]:
+        examples = read_examples(self.job.task, split)
+        sequences = self.tokens.sequences(examples, self._bar(f"tokenising {split}"))
+        for example, sequence in zip(examples, sequences, strict=True):
+            if max(sequence.tokens) >= self.vocabulary:
+                raise JobError(
+                    f"{example.source}: token {max(sequence.tokens)} is not among the model's {self.vocabulary} embeddings. "
+                    "Use the tokenizer of this base."
+                )
+        return fit(examples, sequences, limit, self.job.task.too_long)
 
     def score(self, data: EvaluationSet) -> Scores:
         return score(
@@ -74,19 +92,6 @@ class Session:
 
     def _bar(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
         return lambda items: self.screen.progress(label, items)
-
-
-class Digests:
-    """The sha256 of the base's files, computed beside the first steps by one rank, waited for when first needed."""
-
-    def __init__(self, base: LoadedBase) -> None:
-        self._files: dict[str, str] = {}
-        self._thread = threading.Thread(target=lambda: self._files.update(file_digests(base.checkpoint.files)), daemon=True)
-        self._thread.start()
-
-    def files(self) -> dict[str, str]:
-        self._thread.join()
-        return self._files
 
 
 def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False) -> None:
@@ -99,7 +104,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
         refuse_earlier(run, fresh)
     start = time.perf_counter()
     session = open_session(job, ranks, screen)
-    _, sequences, too_long = session.sequences("train")
+    sequences, too_long = session.training_sequences()
     course = Course(sequences, job.train)
     course.refuse_impossible()
     held_out = session.evaluation(job.evaluate.split) if has_split(job.task, job.evaluate.split) else None
@@ -149,7 +154,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
 def evaluate(job: Job, run: Path, split: Split, ranks: Ranks, screen: Screen) -> dict[str, Any]:
     """Scores a run's delta on a split; writes the predictions into the run folder."""
     session = open_session(job, ranks, screen)
-    digest = [base_digest(session.digests.files()) if session.digests else ""]
+    digest = [base_digest(session.digests.result()) if session.digests else ""]
     dist.broadcast_object_list(digest)
     manifest = restore(session.delta, run / "delta", digest[0])
     scores = session.score(session.evaluation(split))
@@ -164,6 +169,7 @@ def evaluate(job: Job, run: Path, split: Split, ranks: Ranks, screen: Screen) ->
         "split": split,
         "step": manifest.step,
         "prompts": len(scores.predictions),
+        "too_long": scores.too_long,
         "metrics": scores.metrics,
         "predictions": str(file),
     }
@@ -176,19 +182,15 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     folder = _one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     config = read_config(folder)
     tokens = Tokens(folder, lambda end: separator_text(job.task, end))
-    if tokens.vocabulary > config.vocab_size:
-        raise JobError(
-            f"{folder}: the tokenizer has ids up to {tokens.vocabulary - 1}, the model only {config.vocab_size} embeddings. "
-            "Use the tokenizer of this base."
-        )
     base = load_base(folder, config, dtype, ranks.device, zero, job.train.dropout, lambda names: screen.progress("loading the base", names))
-    digests = Digests(base) if ranks.first else None
+    digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
     delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device)
     root = Causal(base.model, base.family)
     root.train()
     if job.memory.gradient_checkpointing:
         checkpointed(base.model, base.family)
-    return Session(job, ranks, screen, base, digests, tokens, delta, root, Engine(root, zero), config.max_position_embeddings)
+    engine, context = Engine(root, zero), config.max_position_embeddings
+    return Session(job, ranks, screen, base, digests, tokens, delta, root, engine, context, config.vocab_size)
 
 
 def _one_rank_first(ranks: Ranks, fetch: Callable[[], Path]) -> Path:
@@ -203,5 +205,5 @@ def _save(session: Session, run: Path, step: int) -> None:
     job = session.job
     assert session.digests is not None, "only the first rank saves"
     store(
-        session.delta, run / "delta", job.methods[0], job.base.model, session.digests.files(), session.base.tensors, job_digest(job), step
+        session.delta, run / "delta", job.methods[0], job.base.model, session.digests.result(), session.base.tensors, job_digest(job), step
     )

@@ -31,7 +31,7 @@ def refuse_earlier(folder: Path, fresh: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Removes an earlier run but for its logs. Called when the new run is about to write, so that a mistake costs nothing."""
-    for path in (folder / name for name in WRITTEN):
+    for path in [*(folder / name for name in WRITTEN), *folder.glob(".delta.*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

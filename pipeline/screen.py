@@ -17,6 +17,7 @@ from typing import TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
@@ -35,9 +36,10 @@ class Screen:
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns: what, and its value."""
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+        # Text, not str: brackets in data and paths must not be read as markup.
+        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
         for name, value in rows:
-            table.add_row(f"  {name}", value)
+            table.add_row(Text(f"  {name}"), Text(value))
         self._console.print(table)
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:
@@ -95,7 +97,7 @@ class StepBar:
         first, begun = self._first = self._first or (done, now)
         if not self._console.is_terminal and (now - self._said > _LINE_EVERY_S or done == self._steps):
             left = f" · {(now - begun) / (done - first) * (self._steps - done):.0f} s left" if done > first else ""
-            self._console.print(f"step {done}/{self._steps} · {note}{left}")
+            self._console.print(f"step {done}/{self._steps} · {note}{left}", markup=False)
             self._said = now
 
 

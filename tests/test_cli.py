@@ -14,6 +14,7 @@ import torch
 from typer.main import get_command
 
 from pipeline.cli import app, main
+from pipeline.cluster.launch import PROGRAM
 from pipeline.job.read import read_job
 from pipeline.weights.delta import Module, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
@@ -244,3 +245,25 @@ def test_a_mistake_found_by_the_ranks_is_one_line_too_and_leaves_no_run_folder(g
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r'error: [^\n]*train\.jsonl:2: "completion" is missing[^\n]*\n', done.stderr), done.stderr
     assert not (tmp_path / "runs" / "job").exists()
+
+
+def test_a_users_folder_called_pipeline_is_not_run(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise SystemExit('the user\\'s package ran')")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "check" in done.stdout
+
+
+def test_what_the_system_refuses_is_one_line(refused, gpt2_base, tmp_path):
+    (tmp_path / "file").write_text("")
+    delta = make_delta(tmp_path / "delta", gpt2_base)
+    error = refused("merge", gpt2_base, delta, "--out", tmp_path / "file" / "merged")
+    assert str(tmp_path / "file") in error
+
+
+def test_half_of_a_ranks_variables_is_refused(refused, tmp_path, monkeypatch):
+    write_job(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "RANK is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not" in refused("train", "job.toml")

@@ -22,8 +22,11 @@ from rich.console import Console
 
 from pipeline.job.errors import JobError
 
+PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
+"""This program, whatever folder it starts in: `python -m` would look for `pipeline` in the current folder first."""
 JOB_ERROR, DIVERGED, RANK_FAILED = 2, 4, 76
 _FOLDER = "ZLORA_LAUNCH"
+_MEETING = "ZLORA_RENDEZVOUS"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"
 _STARTED = "started"
 _POLL_S = 0.1
@@ -43,8 +46,15 @@ class Failure:
 
 
 def inside_ranks() -> bool:
-    """Whether this process is a rank already. Slurm's variables are translated into torchrun's."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    """Whether this process is a rank already. Slurm's variables are translated into torchrun's.
+
+    Raises:
+        JobError: only some of a rank's variables are set.
+    """
+    if "RANK" in os.environ:
+        needed = {"WORLD_SIZE", "LOCAL_RANK"} | (set() if _MEETING in os.environ else {"MASTER_ADDR", "MASTER_PORT"})
+        if missing := sorted(needed - set(os.environ)):
+            raise JobError(f"RANK is set but {', '.join(missing)} is not. Set all that torchrun sets, or unset RANK.")
         return True
     # SLURM_STEP_NUM_TASKS is set by srun only, not for the batch script itself.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
@@ -93,13 +103,11 @@ def launch(arguments: list[str], ranks: int | None) -> int:
     count = ranks or gpus or 1
     if gpus and count > gpus:
         raise JobError(f"--ranks {count}: this machine shows {gpus} GPUs. Use at most {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU.")
-    # SIGTERM (a batch system, a supervisor) ends the ranks in good order too, by way of the clean-up below.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="zlora-"))
     children: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
-            command = [sys.executable, "-m", "pipeline", *arguments]
+            command = [sys.executable, "-c", PROGRAM, *arguments]
             environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
@@ -151,7 +159,8 @@ def rank_environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "ZLORA_RENDEZVOUS": f"file://{folder}/rendezvous",
+        _MEETING: f"file://{folder}/rendezvous",
+        "ZLORA_GPUS": str(gpus),
         _FOLDER: str(folder),
         _LAUNCHER: str(os.getpid()),
     }

@@ -26,8 +26,8 @@ SCHEMA_VERSION = 1
 CERTIFICATE = "merge.json"
 _COPY_BYTES = 1 << 22
 _BLOCK_ELEMENTS = 1 << 20
-_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".safetensors"}
-"""Other copies of the base's weights: not merged, so not taken along."""
+_TAKEN = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ""}
+"""Config, tokenizer, code, licence. Other copies of the base's weights are not merged, so not taken along."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,13 @@ def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Calla
         last = min(rows, first + block)
         stored = torch.empty((last - first) * columns, dtype=entry.dtype)
         reader.read(entry, first * columns, stored)
-        exact = stored.view(-1, columns).float() + addition.rows(first, last)
+        # In fp32, or in the base's own dtype where that is wider.
+        wide = torch.promote_types(entry.dtype, torch.float32)
+        exact = stored.view(-1, columns).to(wide) + addition.rows(first, last)
         rounded = exact.to(entry.dtype)
         if not rounded.isfinite().all():
             raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
-        error = max(error, float((rounded.float() - exact).abs().max()))
+        error = max(error, float((rounded.to(wide) - exact).abs().max()))
         write(byte_view(rounded))
     return error
 
@@ -142,10 +144,10 @@ def _copy(source: BinaryIO, count: int, write: Callable[[bytes], None]) -> None:
 
 
 def _copy_the_rest(base: Path, target: Path) -> None:
-    """Config, tokenizer, generation settings, the index: everything that is not another copy of the weights."""
+    """Config, tokenizer, generation settings, the index."""
     for file in sorted(base.iterdir()):
         old_index = file.name.endswith(".index.json") and file.name != INDEX_NAME
-        if file.is_file() and file.suffix not in _FOREIGN and not old_index and file.name != CERTIFICATE:
+        if file.is_file() and file.suffix in _TAKEN and not file.name.startswith(".") and not old_index and file.name != CERTIFICATE:
             shutil.copyfile(file, target / file.name)
 
 

@@ -14,7 +14,7 @@ from pipeline.evaluate.generate import generate_greedy
 from pipeline.evaluate.perplexity import perplexity
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
-from pipeline.tasks.example import Example, Prompt, Sequence, grouped
+from pipeline.tasks.example import Prompt, Sequence
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks
 from pipeline.weights.atomic import write_text
@@ -28,6 +28,9 @@ class EvaluationSet:
     prompts: list[Prompt]
     prompt_tokens: list[list[int]]
     sequences: list[Sequence]
+    """Prompt and reference of every example, for the perplexity."""
+    too_long: int
+    """Examples that did not fit the context and were cut or left out, as the job says."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,7 @@ class Scores:
     metrics: dict[str, float]
     """perplexity; bleu from 0 to 100."""
     predictions: list[Prediction]
-
-
-def evaluation_set(split: str, examples: list[Example], sequences: list[Sequence], max_prompts: int | None) -> EvaluationSet:
-    """Groups a split's examples by prompt, and keeps the first `max_prompts`."""
-    prompts = grouped(examples)[:max_prompts]
-    kept = {prompt.text for prompt in prompts}
-    tokens = {e.prompt: list(s.tokens[: s.target_start]) for e, s in zip(examples, sequences, strict=True)}
-    chosen = [s for e, s in zip(examples, sequences, strict=True) if e.prompt in kept]
-    return EvaluationSet(split, prompts, [tokens[prompt.text] for prompt in prompts], chosen)
+    too_long: int
 
 
 def score(
@@ -82,7 +77,7 @@ def score(
     engine.release()
     root.train()
     predictions = [Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)]
-    return Scores(data.split, metrics, predictions)
+    return Scores(data.split, metrics, predictions, data.too_long)
 
 
 def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:

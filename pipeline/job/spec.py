@@ -23,7 +23,7 @@ class Base(Section):
     model: Text
     """Hugging Face hub id, or a folder with config.json and safetensors files."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; the hub's default branch when absent."""
+    """Branch, tag or commit on the hub, its default branch when absent. A folder has none: there this is not looked at."""
     dtype: Dtype = "bf16"
     """Of the base and of compute. The delta's master weights are always fp32."""
 
@@ -75,7 +75,7 @@ Task = Annotated[E2E | Jsonl, Field(discriminator="kind")]
 
 
 class Train(Section):
-    batch_examples: PositiveInt = 8
+    batch_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Examples of one optimizer step over all ranks."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens of one forward pass on one rank: the memory knob. Never changes the result."""

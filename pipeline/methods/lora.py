@@ -70,7 +70,7 @@ def attach_lora(
     """Puts a branch on every target of every layer. A is drawn from (seed, name), so every rank draws the same.
 
     Raises:
-        JobError: a target that the model does not have, with those that it has.
+        JobError: a target that the model does not have, with those that it has; a rank above that of the map it adapts.
     """
     adapted = []
     linears = {
@@ -78,6 +78,8 @@ def attach_lora(
     }
     for place, (name, runs) in enumerate(_targets(linears, family, method.targets).items()):
         linear = linears[name]
+        if method.rank > (largest := min(linear.in_features, *(rows for _, rows in runs))):
+            raise JobError(f"methods[0].rank = {method.rank}: {name} has room for {largest} at most. Use a smaller rank.")
         branches = tuple(
             LoraBranch(
                 a=_draw(method, f"{name}:{first}", linear.in_features, seed).to(device).requires_grad_(),

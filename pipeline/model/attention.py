@@ -1,8 +1,8 @@
 """Causal attention over packed examples, without a mask and without work between examples.
 
-Linear maps see the packed tokens [1, N]; only attention sees a padded view [E, L]. Padding stands on the right, so with
-causal attention no real token ever looks at it: the fast kernels that refuse masks (flash on A100, memory-efficient on V100,
-torch's own on CPU) do the work, and nothing of size N x N exists.
+Linear maps see the packed tokens [1, N]; only attention sees padded views [E, L] of examples of like length, together less than
+twice N. Padding stands on the right, so with causal attention no real token ever looks at it: the fast kernels that refuse masks
+(flash on A100, memory-efficient on V100, torch's own on CPU) do the work, and nothing of size N x N exists.
 
 Shapes: q [1, H, N, d], k and v [1, Hkv, N, d], output [1, N, H, d].
 """
@@ -31,9 +31,12 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    padded = [part[0].transpose(0, 1)[layout.to_padded].transpose(1, 2) for part in (query, key, value)]
-    output, _ = sdpa_attention_forward(module, *padded, None, **options)
-    return output.flatten(0, 1)[layout.to_flat][None], None
+    flat = [part[0].transpose(0, 1) for part in (query, key, value)]
+    outputs = []
+    for index in layout.to_padded:
+        padded = [part[index].transpose(1, 2) for part in flat]
+        outputs.append(sdpa_attention_forward(module, *padded, None, **options)[0].flatten(0, 1))
+    return torch.cat(outputs)[layout.to_flat][None], None
 
 
 def register() -> None:

@@ -27,8 +27,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise JobError(f"{folder}: its config.json cannot be read ({str(error).splitlines()[0]}). Fetch the base again.") from None
+    except Exception as error:  # transformers checks little: a damaged file shows as almost anything
+        raise JobError(f"{folder}: its config.json cannot be read ({_first_line(error)}). Fetch the base again.") from None
 
 
 def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Family]:
@@ -36,14 +36,20 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
 
     Args:
         dropout: probability of the base's own dropouts.
+
+    Raises:
+        JobError: an unknown architecture, or sizes that do not fit together.
     """
     family = family_of(config)
     for key in family.dropouts:
         setattr(config, key, dropout)
     attention.register()
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    model.tie_weights()
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        model.tie_weights()
+    except Exception as error:  # as above
+        raise JobError(f"{config.name_or_path}: its config.json makes no model ({_first_line(error)}). Fetch it again.") from None
     model.lm_head = Head(model.lm_head)
     freeze_linears(model)
     model.requires_grad_(False)
@@ -54,8 +60,17 @@ def require_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype, if this device computes in it.
 
     Raises:
-        JobError: bf16 on a GPU without it (V100 and older).
+        JobError: bf16 on a GPU without it (V100 and older), or a GPU that this torch build has no kernels for.
     """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        built = torch.cuda.get_arch_list()
+        # Kernels run on later chips of the same generation too.
+        if built and not any(f"sm_{major}{older}" in built for older in range(minor + 1)):
+            raise JobError(
+                f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): torch {torch.__version__} has no kernels for it, "
+                f"only for {', '.join(built)}. Install a build that has them: make setup TORCH=..., a cu126 one for V100."
+            )
     if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise JobError(f'base.dtype = "bf16": {name} does not compute in bf16. Use "fp16" (loss scaling is automatic) or "fp32".')
@@ -71,3 +86,7 @@ def checkpointed(model: PreTrainedModel, family: Family) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     embeddings: nn.Module = model.get_submodule(family.body).get_input_embeddings()
     embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True) if torch.is_grad_enabled() else output)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from pipeline.model.attention import no_mask
 from pipeline.model.families import Family
+from pipeline.model.head import head_loss
 from pipeline.tasks.batch import MicroBatch
 
 
@@ -47,7 +48,7 @@ class Causal(nn.Module):
                 use_cache=False,
             )
             hidden = output.last_hidden_state.flatten(0, 1)[batch.label_index]
-            return self.model.lm_head(hidden, labels=batch.labels, smoothing=smoothing)
+            return head_loss(self.model.lm_head, hidden, batch.labels, smoothing)
         if decode is None:
             raise TypeError("Causal needs a batch or a decode")
         output = body(

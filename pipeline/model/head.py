@@ -9,50 +9,15 @@ Shapes: hidden [M, D], labels [M], weight [V, D].
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
 
+HeadLoss: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Sum of the smoothed loss, sum of the plain loss, gradient of the first with respect to the hidden states [M, D] if wanted."""
 _CHUNK_LOGITS = 1 << 25
 """Elements of the logits held at a time: 128 MiB in fp32."""
-
-
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        smoothing: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        vocabulary = weight.shape[0]
-        rows = max(1, _CHUNK_LOGITS // vocabulary)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        nll = torch.zeros_like(loss)
-        wanted = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        gradient = torch.empty_like(hidden) if wanted else None
-        for first in range(0, len(labels), rows):
-            part, label = hidden[first : first + rows], labels[first : first + rows, None]
-            log_p = nn.functional.linear(part, weight, bias).float().log_softmax(-1)
-            part_nll = -log_p.gather(1, label).sum()
-            nll += part_nll
-            loss += (1.0 - smoothing) * part_nll
-            if smoothing:
-                loss -= smoothing / vocabulary * log_p.sum()
-            if gradient is not None:
-                slope = log_p.exp_().sub_(smoothing / vocabulary)
-                slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
-                gradient[first : first + rows] = slope.to(part.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
 class Head(nn.Module):
@@ -64,9 +29,58 @@ class Head(nn.Module):
         self.bias = original.bias
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Without labels: logits [..., V]. With labels: (sum of the smoothed loss, sum of the plain loss), fp32 scalars."""
+        self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0, with_gradient: bool = False
+    ) -> torch.Tensor | HeadLoss:
+        """Logits [..., V] without labels; with labels [M], the loss of x [M, D] and its gradient, outside any graph."""
         if labels is None:
             return nn.functional.linear(x, self.weight, self.bias)
-        return _HeadLoss.apply(x, labels, self.weight, self.bias, smoothing)
+        return _loss(x, labels, self.weight, self.bias, smoothing, with_gradient)
+
+
+@torch.no_grad()
+def _loss(
+    hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, smoothing: float, with_gradient: bool
+) -> HeadLoss:
+    vocabulary = weight.shape[0]
+    rows = max(1, _CHUNK_LOGITS // vocabulary)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    nll = torch.zeros_like(loss)
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    for first in range(0, len(labels), rows):
+        part, label = hidden[first : first + rows], labels[first : first + rows, None]
+        log_p = nn.functional.linear(part, weight, bias).float().log_softmax(-1)
+        part_nll = -log_p.gather(1, label).sum()
+        nll += part_nll
+        loss += (1.0 - smoothing) * part_nll
+        if smoothing:
+            loss -= smoothing / vocabulary * log_p.sum()
+        if gradient is not None:
+            slope = log_p.exp_().sub_(smoothing / vocabulary)
+            slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
+            gradient[first : first + rows] = slope.to(part.dtype) @ weight
+    return loss, nll, gradient
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a computed loss the gradient that is already known."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # In fp32: the factor (loss scale over target tokens) must not be rounded to the gradient's dtype by itself.
+        return (gradient.float() * grads[0]).to(gradient.dtype), None, None
+
+
+def head_loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the smoothed and of the plain loss, fp32 scalars; the first carries the gradient to `hidden`.
+
+    The head itself stands outside the graph, so ZeRO-3 hangs no backward hook on it and does not gather it again.
+    """
+    wanted = torch.is_grad_enabled() and hidden.requires_grad
+    loss, nll, gradient = head(hidden.detach(), labels, smoothing, wanted)
+    return (_Attach.apply(hidden, loss, gradient) if wanted else loss), nll

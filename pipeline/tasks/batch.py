@@ -6,6 +6,7 @@ Shapes: N tokens of the micro-batch (all of it, padding included), E examples, L
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -14,12 +15,15 @@ from pipeline.tasks.example import Sequence
 
 @dataclass(frozen=True)
 class Layout:
-    """Where packed examples lie, for attention: rows of a padded view [E, L] <-> the flat tokens [N]."""
+    """Where packed examples lie, for attention: padded views of examples of like length <-> the flat tokens [N].
 
-    to_padded: torch.Tensor
-    """[E, L] index into the flat tokens; padding points at token 0 and is never read back."""
+    One view of all would let a single long example pad every short one to its length.
+    """
+
+    to_padded: tuple[torch.Tensor, ...]
+    """For each group, [E, L]: index into the flat tokens; padding points at token 0 and is never read back."""
     to_flat: torch.Tensor
-    """[N] index into the flattened padded view."""
+    """[N] index into the flattened views laid end to end."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,6 @@ class MicroBatch:
     """[N] int32: what identifies a token wherever it is computed, for dropout: a mix of example id and position."""
     layout: Layout | None
     """None when padded: right padding with causal attention needs no mask."""
-    real_tokens: int
-    """Tokens that are not padding."""
 
 
 def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, device: torch.device) -> MicroBatch:
@@ -56,18 +58,35 @@ def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, dev
     next_token = padded.roll(-1, dims=1)
     keys = _keys(torch.tensor(example_ids)[:, None], within)
     if packed:
-        offsets = lengths.cumsum(0) - lengths
-        layout = Layout(
-            torch.where(real, offsets[:, None] + within, 0).to(device),
-            (torch.arange(count)[:, None] * longest + within)[real].to(device),
-        )
+        layout = _layout(lengths.tolist(), device)
         fields = [padded[real][None], within[real][None], labelled[real].nonzero()[:, 0], next_token[real][labelled[real]], keys[real]]
     else:
         layout = None
         flat = labelled.flatten()
         fields = [padded, within, flat.nonzero()[:, 0], next_token.flatten()[flat], keys.flatten()]
     tokens, positions, label_index, labels, keys = (field.to(device) for field in fields)
-    return MicroBatch(tokens, positions, label_index, labels, keys, layout, int(lengths.sum()))
+    return MicroBatch(tokens, positions, label_index, labels, keys, layout)
+
+
+def _layout(lengths: list[int], device: torch.device) -> Layout:
+    """Groups examples so that no view has more than twice the tokens of its examples."""
+    starts = [0, *accumulate(lengths)]
+    groups: list[list[int]] = []
+    for example in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
+        if not groups or lengths[example] * 2 < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(example)
+    views, to_flat, place = [], torch.empty(starts[-1], dtype=torch.long), 0
+    for group in groups:
+        longest = lengths[group[0]]
+        view = torch.zeros(len(group), longest, dtype=torch.long)
+        for row, example in enumerate(group):
+            first, length = starts[example], lengths[example]
+            view[row, :length] = torch.arange(first, first + length)
+            to_flat[first : first + length] = torch.arange(place, place + length)
+            place += longest
+        views.append(view.to(device))
+    return Layout(tuple(views), to_flat.to(device))
 
 
 def _keys(example_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,8 @@ def _example(line: str, where: str) -> Example:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise JobError(f"{where}: not valid JSON: {error.msg} at column {error.colno}. Mend the line.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
+        raise JobError(f"{where}: not readable JSON: {error}. Mend the line.") from None
     if not isinstance(row, dict):
         raise JobError(f'{where}: not an object with "prompt" and "completion". Mend the line.')
     for key in ("prompt", "completion"):

@@ -47,7 +47,7 @@ def _stream_examples(examples: int, epochs: float) -> int:
 
 
 def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:
-    """Deals the examples of a step to ranks and micro-batches, longest first, each to the least filled.
+    """Deals the examples of a step to ranks and micro-batches.
 
     Args:
         lengths: tokens of each example of the step.
@@ -60,6 +60,14 @@ def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> lis
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     limit_tokens = max([limit_tokens, *lengths])
+    bins = (_balanced if packed else _alike)(order, lengths, ranks, limit_tokens)
+    rounds = max(1, math.ceil(len(bins) / ranks))
+    bins += [[] for _ in range(ranks * rounds - len(bins))]
+    return [[sorted(bins[micro * ranks + rank]) for micro in range(rounds)] for rank in range(ranks)]
+
+
+def _balanced(order: list[int], lengths: list[int], ranks: int, limit_tokens: int) -> list[list[int]]:
+    """Longest first, each to the least filled of as few bins as do, a multiple of the ranks."""
     rounds = max(1, math.ceil(sum(lengths) / (ranks * limit_tokens)))
     while True:
         bins: list[list[int]] = [[] for _ in range(ranks * rounds)]
@@ -67,9 +75,18 @@ def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> lis
         for index in order:
             filled, place = heapq.heappop(heap)
             bins[place].append(index)
-            # Longest first: the first example of a bin is its longest.
-            filled = filled + lengths[index] if packed else lengths[bins[place][0]] * len(bins[place])
-            heapq.heappush(heap, (filled, place))
+            heapq.heappush(heap, (filled + lengths[index], place))
         if max(heap)[0] <= limit_tokens:
-            return [[sorted(bins[micro * ranks + rank]) for micro in range(rounds)] for rank in range(ranks)]
+            return bins
         rounds += 1
+
+
+def _alike(order: list[int], lengths: list[int], ranks: int, limit_tokens: int) -> list[list[int]]:
+    """Runs of examples of like length, so that little is padded; small enough that every rank has some."""
+    limit_tokens = min(limit_tokens, max([math.ceil(sum(lengths) / ranks), *lengths]))
+    bins: list[list[int]] = []
+    for index in order:
+        if not bins or lengths[bins[-1][0]] * (len(bins[-1]) + 1) > limit_tokens:
+            bins.append([])
+        bins[-1].append(index)
+    return bins

@@ -47,11 +47,6 @@ class Tokens:
         special = self._tokenizer("")["input_ids"]
         self._lead: list[int] = [i for i in special[:1] if i == self._tokenizer.bos_token_id and i != self.end_id]
 
-    @property
-    def vocabulary(self) -> int:
-        """One more than the largest token id."""
-        return max(self._tokenizer.get_vocab().values()) + 1
-
     def prompts(self, texts: list[str]) -> list[list[int]]:
         """Token ids of prompts with the separator, ready to be continued; an empty one becomes the end token, GPT-2's start."""
         return [self._lead + ids or [self.end_id] for ids in self._ids([text + self._separator for text in texts])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 
@@ -38,16 +39,21 @@ class Board:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One step's values; `step` counts from 1."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._record({"step": step, **values})
         for key, tag in _TAGS.items():
             self._events.add_scalar(tag, values[key], step)
 
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
-        self._metrics.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        self._record({"step": step, "split": split, **metrics})
         for key, value in metrics.items():
             self._events.add_scalar(f"{split}/{key}", value, step)
         self._events.add_text(f"{split}/samples", samples, step)
+
+    def _record(self, row: dict[str, float | str]) -> None:
+        # JSON has no infinity and no NaN; a skipped step's gradient norm is one of them.
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._metrics.write(json.dumps(plain) + "\n")
 
     def text(self, tag: str, text: str) -> None:
         self._events.add_text(tag, text)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.job.errors import JobError
 from pipeline.job.zero import zero_stage
 
 _TIMEOUT = timedelta(minutes=30)
@@ -34,9 +35,18 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """Joins the process group that the environment describes (ours, torchrun's or Slurm's)."""
+    """Joins the process group that the environment describes (ours, torchrun's or Slurm's).
+
+    Raises:
+        JobError: there are GPUs, and torch cannot use them.
+    """
     rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
+    if not cuda and int(os.environ.get("ZLORA_GPUS", "0")):
+        raise JobError(
+            f"this machine shows {os.environ['ZLORA_GPUS']} GPUs, but torch {torch.__version__} can use none of them. "
+            "Install a torch build for their driver (make setup TORCH=...), or set CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
     device = torch.device("cpu")
     if cuda:
         # A batch system may show each task its own GPU only, which then is number 0. DeepSpeed reads LOCAL_RANK too.

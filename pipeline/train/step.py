@@ -94,7 +94,7 @@ class Stepper:
         if self._scale is None or self._scale <= 1.0:
             raise Diverged(
                 f"step {step + 1}: the gradient is not finite (loss {result.loss:.4g}). "
-                "Lower train.learning_rate, set train.clip_norm, or use another base.dtype; the last saved delta is kept."
+                "Lower train.learning_rate, set train.clip_norm, or use another base.dtype; a delta saved before is kept."
             )
         self._scale /= 2.0
         self._good_steps = 0

@@ -56,6 +56,9 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         refuse_filled(folder)
+        if folder.is_dir() and folder.resolve() != Path.cwd():
+            # Now, not at the end: an empty folder that cannot be moved away (a mount point) must not cost the work.
+            folder.rmdir()
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))

@@ -6,6 +6,7 @@ digests, counts, sha256, and for every adapted module the checkpoint tensor it a
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ def write_delta(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str
     if empty := [name for name, tensor in tensors.items() if tensor.numel() == 0]:
         raise AssertionError(f"refusing to write a delta with empty tensors: {empty[0]}")
     with new_folder(folder, replace=True) as partial:
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as error:  # how the library tells of a full disk
+            raise OSError(errno.ENOSPC, str(error), str(folder)) from None
         write_json(partial / CONFIG, config)
         write_json(partial / MANIFEST, asdict(Manifest(**manifest, sha256=sha256_of(partial / TENSORS))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluate.score import bleu, evaluation_set
-from pipeline.tasks.example import Example, Sequence
+from pipeline.evaluate.score import bleu
 from tests.training import write_job
 
 PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe Mill high cheap", "pub", "Italian city", "x" * 100]
@@ -45,25 +45,33 @@ def test_every_rank_has_transformers_own_texts(base, batch, request, ranks2, tmp
         assert ours == theirs.tolist(), prompt
 
 
-def score_on_ranks(ranks, job: str, rows: list[tuple[str, str]]) -> dict:
+def score_on_ranks(ranks, job: str, overrides: tuple[str, ...]) -> dict:
+    """Scores the training file, which a test has written, as a split."""
     from pipeline.job.read import read_job
     from pipeline.run import open_session
     from pipeline.screen import Screen
 
-    session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
-    examples = [Example(prompt, completion, "") for prompt, completion in rows]
-    data = evaluation_set("test", examples, session.tokens.sequences(examples), None)
+    session = open_session(read_job(Path(job), overrides), ranks, Screen(io.StringIO(), shown=False))
+    data = session.evaluation("train")
     scores = session.score(data)
     return {
         "metrics": scores.metrics,
-        "texts": [p.prediction for p in scores.predictions],
         "references": [p.references for p in scores.predictions],
+        "prompt_tokens": data.prompt_tokens,
+        "sequences": len(data.sequences),
+        "too_long": scores.too_long,
     }
+
+
+def job_with(folder: Path, base: Path, rows: list[tuple[str, str]]) -> str:
+    job = write_job(folder, base)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return str(job)
 
 
 def test_perplexity_and_bleu_are_the_libraries(gpt2_base, ranks2, tmp_path):
     rows = [("a", " one two"), ("a", " one two three four five"), ("b", " six"), ("c", " Blue Spice is near the Eagle")]
-    one, two = ranks2.run(score_on_ranks, str(write_job(tmp_path, gpt2_base)), rows)
+    one, two = ranks2.run(score_on_ranks, job_with(tmp_path, gpt2_base, rows), ())
     assert one == two
     model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2_base), AutoTokenizer.from_pretrained(gpt2_base)
     total, count = 0.0, 0
@@ -88,9 +96,22 @@ def test_bleu_takes_any_number_of_references():
     assert bleu(["the cat sat on the mat"], [(" the cat sat on the mat ",)]) == pytest.approx(100.0)
 
 
-def test_the_first_prompts_bring_all_their_references():
-    examples = [Example(p, c, "") for p, c in (("a", "1"), ("b", "2"), ("a", "3"), ("c", "4"))]
-    sequences = [Sequence((1, 2, 3), 1)] * 4
-    data = evaluation_set("test", examples, sequences, 1)
-    assert [p.references for p in data.prompts] == [("1", "3")]
-    assert len(data.sequences) == 2
+def test_the_first_prompts_bring_all_their_references(gpt2_base, ranks1, tmp_path):
+    rows = [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")]
+    (scores,) = ranks1.run(score_on_ranks, job_with(tmp_path, gpt2_base, rows), ("evaluate.max_prompts=1",))
+    assert scores["references"] == [("1", "3")]
+    assert scores["sequences"] == 2
+
+
+def test_what_does_not_fit_is_counted_and_no_prompt_depends_on_its_references(gpt2_base, ranks1, tmp_path):
+    long = " and more" * 60
+    settings = ('task.too_long="truncate"', "train.max_tokens=10", "evaluate.max_new_tokens=4")
+    answers = []
+    for n, completions in enumerate((["short", long], [long, "short"])):
+        rows = [("Blue Spice near the Eagle", text) for text in completions] + [("x" * 200, "long prompt")]
+        (scores,) = ranks1.run(score_on_ranks, job_with(tmp_path / str(n), gpt2_base, rows), settings)
+        assert scores["too_long"] == 2
+        answers.append(scores["prompt_tokens"])
+    assert answers[0] == answers[1]
+    assert [len(ids) for ids in answers[0]] == [len(answers[0][0]), 124]
+    assert 10 < len(answers[0][0]) < 40, "train.max_tokens does not bind evaluation, and the prompt is whole"

@@ -29,7 +29,7 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
     asked = read_job(Path(job))
     session = open_session(asked, ranks, Screen(io.StringIO(), shown=False))
     base = {name: shard_of(p).clone() for name, p in session.root.named_parameters()}
-    _, sequences, _ = session.sequences("train")
+    sequences, _ = session.training_sequences()
     stepper = Stepper(session.engine, session.root, session.delta, asked.train, fp16=False)
     for step in range(2):
         micro_batches = [collate(sequences[:4], [0, 1, 2, 3], True, ranks.device)]
@@ -88,7 +88,7 @@ def count_layer_passes(ranks, job: str, checkpointing: str) -> int:
     session = open_session(asked, ranks, Screen(io.StringIO(), shown=False))
     passes = []
     session.root.model.transformer.h[0].attn.register_forward_hook(lambda *_: passes.append(1))
-    _, sequences, _ = session.sequences("train")
+    sequences, _ = session.training_sequences()
     Stepper(session.engine, session.root, session.delta, asked.train, fp16=False)(
         0, [collate(sequences[:4], [0, 1, 2, 3], True, ranks.device)], 100, 0.01
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,15 @@ from tests.training import trained, write_job
 
 HARD = ("methods.0.dropout=0.2", "train.label_smoothing=0.1", "train.weight_decay=0.1", "train.clip_norm=0.5")
 """Everything that could depend on how a step is cut up."""
+
+TIGHT = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""The bases here fit into every default of ZeRO-3; with these numbers each module is gathered and released at every use."""
 
 WAYS = [
     pytest.param("ranks1", ("train.micro_batch_tokens=64",), id="1 rank x many micro-batches"),
@@ -19,6 +30,8 @@ WAYS = [
     pytest.param("ranks1", ("memory.config=zero0.json",), id="1 rank, stage 0"),
     pytest.param("ranks2", ("memory.config=zero0.json", "train.packing=false"), id="2 ranks, stage 0, padded"),
     pytest.param("ranks2", ("memory.gradient_checkpointing=true",), id="2 ranks, gradient checkpointing"),
+    pytest.param("ranks2", ("memory.config={tight}", "train.micro_batch_tokens=64"), id="2 ranks, gathered at every use"),
+    pytest.param("ranks2", ("memory.config={tight}", "memory.gradient_checkpointing=true"), id="2 ranks, gathered, checkpointing"),
 ]
 
 
@@ -34,6 +47,9 @@ def reference(job, ranks1, tmp_path_factory):
 
 @pytest.mark.parametrize(("pool", "changes"), WAYS)
 def test_losses_and_weights_are_the_same(pool, changes, job, reference, request, tmp_path):
+    tight = tmp_path / "tight.json"
+    tight.write_text(json.dumps({"zero_optimization": TIGHT}))
+    changes = tuple(change.format(tight=tight) for change in changes)
     other = trained(request.getfixturevalue(pool), job, tmp_path / "run", *HARD, *changes)
     np.testing.assert_allclose(other.losses, reference.losses, rtol=2e-6)
     assert other.tensors.keys() == reference.tensors.keys()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,10 @@ def test_json_that_cannot_be_written_leaves_the_older_file(tmp_path):
         write_json(file, {"a": object()})
     assert json.loads(file.read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
     assert names(tmp_path) == ["a.json"]
+
+
+def test_what_cannot_be_moved_away_is_known_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "rmdir", lambda self: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device or resource busy", str(self))))
+    with pytest.raises(OSError, match="busy"), new_folder(tmp_path / "mount"):
+        pytest.fail("the work had begun")

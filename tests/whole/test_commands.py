@@ -97,7 +97,7 @@ def test_evaluate_prints_one_object_and_writes_predictions(place):
     done = zlora("evaluate", "runs/job", "--json", "--ranks", "2", cwd=place)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert set(answer) == {"schema_version", "run", "split", "step", "prompts", "metrics", "predictions"}
+    assert set(answer) == {"schema_version", "run", "split", "step", "prompts", "too_long", "metrics", "predictions"}
     assert (answer["split"], answer["step"], answer["metrics"].keys()) == ("test", 4, {"perplexity", "bleu"})
     rows = [json.loads(line) for line in (place / answer["predictions"]).read_text().splitlines()]
     assert len(rows) == answer["prompts"]
