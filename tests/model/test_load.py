@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import deepspeed
@@ -195,7 +196,7 @@ def pieces(ranks, numel):
 
 def session_refusal(ranks, job):
     try:
-        open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
+        open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False)).training_sequences()
     except JobError as error:
         return str(error)
     return None
@@ -434,5 +435,4 @@ def test_a_tokenizer_of_another_base_is_refused(ranks2, tmp_path):
     job = write_job(tmp_path / "job", folder)
     for text in ranks2.run(session_refusal, job):
         assert text
-        assert str(folder) in text
-        assert f"{VOCABULARY - 20} embeddings" in text
+        assert re.search(r"train\.jsonl:\d+: token \d+ is not among the model's 300 embeddings", text)
