@@ -8,6 +8,7 @@ lists, numpy arrays. An exception on any rank is raised here with its traceback,
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import traceback
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ class RankError(Exception):
 class Ranks:
     def __init__(self, count: int) -> None:
         self.count = count
+        self._folder = ""
         self._pipes: list[Connection] = []
         self._processes = []
 
@@ -53,10 +55,11 @@ class Ranks:
             process.kill()
             process.join()
         self._pipes, self._processes = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         context = get_context("spawn")
-        folder = tempfile.mkdtemp(prefix="zlora-test-")
+        folder = self._folder = tempfile.mkdtemp(prefix="zlora-test-")
         for rank in range(self.count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.count, folder, there), daemon=True)
