@@ -68,21 +68,24 @@ def train(
     run: RunFolder = None,
     ranks: RankCount = None,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace an earlier run in the run folder.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the run in the run folder instead of going on with it.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with another learning rate, schedule or the like than the run began with.")
+    ] = False,
 ) -> None:
-    """Train a job's delta on this machine, or on the ranks that torchrun or srun started.
+    """Train a job's delta on this machine, or on the ranks that torchrun or srun started. A run that was begun goes on.
 
     Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
     """
-    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
+    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch, restarted
     from pipeline.job.read import read_job
-    from pipeline.run_folder import refuse_earlier, remove_if_empty_handed
+    from pipeline.run_folder import refuse_foreign, remove_if_empty_handed
 
     asked = read_job(job, tuple(overrides or ()))
     folder = run or Path("runs") / job.stem
+    refuse_foreign(folder)
     if not inside_ranks():
-        refuse_earlier(folder, fresh)
-        code = launch(sys.argv[1:], ranks)
+        code = launch(sys.argv[1:], ranks, asked.train.stop_signals)
         if code == JOB_ERROR:
             remove_if_empty_handed(folder)
         sys.exit(code)
@@ -91,9 +94,10 @@ def train(
     def body(joined: Ranks, screen: Screen) -> None:
         from pipeline.run import train as train_here
 
-        train_here(asked, folder, joined, screen, fresh)
+        # Requeued, the command is the same, and the run that --fresh was to replace is long gone.
+        train_here(asked, folder, joined, screen, fresh and not restarted(), accept_changes)
 
-    as_rank(folder, body)
+    as_rank(folder, body, training=asked.train)
 
 
 @app.command()

@@ -11,56 +11,98 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.cluster.launch import DIVERGED, JOB_ERROR, die_with_parent, report_failure, report_start
-from pipeline.job.errors import Diverged, JobError, of_system
+from pipeline.cluster.launch import DIVERGED, JOB_ERROR, RANK_FAILED, die_with_parent, report_failure, report_start
+from pipeline.cluster.stop import STOPPED, StopRequest
+from pipeline.job.errors import Diverged, JobError, Stopped, of_system
+from pipeline.run_folder import LOGS, Hold
 from pipeline.screen import Screen, take_terminal
 
 if TYPE_CHECKING:
+    from pipeline.job.spec import Train
     from pipeline.train.engine import Ranks
 
+_PATIENCE_S = 1800.0
 
-def as_rank(run: Path, body: Callable[[Ranks, Screen], dict[str, Any] | None], as_json: bool = False) -> NoReturn:
+
+def as_rank(
+    run: Path, body: Callable[[Ranks, Screen], dict[str, Any] | None], as_json: bool = False, training: Train | None = None
+) -> NoReturn:
     """Runs `body` as one rank of many and ends the process.
 
     Args:
         run: the run folder, for the logs.
         as_json: the body's answer is printed as one JSON object on standard output, all else on standard error.
+        training: the body trains: the run folder is held, signals are requests to stop, the watchdog watches.
     """
     die_with_parent()
-    # By way of an exception, so that a half-written file is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    rank = int(os.environ["RANK"])
-    out, terminal, code = sys.stdout, sys.stderr, 0
+    stop = StopRequest()
+    if training is None:
+        # By way of an exception, so that a half-written file is removed on the way out.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    else:
+        stop.listen(training.stop_signals)
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    out, terminal, code, ranks = sys.stdout, sys.stderr, 0, None
+
+    def fail(message: str, exit_code: int, echo: bool = False) -> int:
+        report_failure(message, exit_code, terminal, echo)
+        return exit_code
+
     try:
-        out, terminal = take_terminal(run / "logs", rank)
+        # First of all, and for the life of the process: nobody else's files are touched without it.
+        hold = Hold(run) if training and rank == 0 else None
+        out, terminal = take_terminal(run / LOGS, rank)
         # Only now: libraries print while they are imported.
         from pipeline.train.engine import join_ranks, leave_ranks
 
-        ranks = join_ranks()
+        ranks = join_ranks(training.timeout_s if training else _PATIENCE_S, stop)
+        if training:
+            ranks.watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
         if ranks.first:
             report_start()
-        answer = body(ranks, Screen(terminal if as_json else out, shown=ranks.first))
+        screen = Screen(terminal if as_json else out, shown=ranks.first)
+        if hold and not hold.shared:
+            screen.print(f"{run}: this file system knows no locks, so nothing keeps a second training away from this folder.")
+        answer = body(ranks, screen)
         if as_json and ranks.first:
             print(json.dumps(answer), file=out)
+        ranks.watch.at("done")
+        ranks.watch.stop()
         leave_ranks()
     except JobError as error:
-        code = JOB_ERROR
-        report_failure(f"error: {error}", code, terminal)
-    except Diverged as error:
-        code = DIVERGED
-        report_failure(f"diverged: {error}", code, terminal)
+        code = fail(f"error: {error}", JOB_ERROR)
+    except (Diverged, Stopped) as error:
+        # All ranks raise it together; one says so.
+        diverged = isinstance(error, Diverged)
+        code = DIVERGED if diverged else STOPPED
+        if rank == 0:
+            fail(f"diverged: {error}" if diverged else str(error), code)
     except SystemExit as request:
         code = int(request.code or 0)
+        if code == STOPPED and rank == 0:
+            fail(f"Stopped by {stop.signal} before the first step; nothing is lost. Run again to continue.", code)
     except Exception as error:
-        if isinstance(error, OSError) and (text := of_system(error)):
-            code = JOB_ERROR
-            report_failure(f"error: {text}", code, terminal)
-        else:  # our bug, whatever it is: the person gets it once, the log has it whole
-            code = 1
-            traceback.print_exc()
-            log = run / "logs" / f"rank{rank}.txt"
-            report_failure(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; the whole story is in {log}", code, terminal)
+        code = _unforeseen(error, run, rank, ranks, fail)
     for stream in (out, terminal, sys.stdout, sys.stderr):
         stream.flush()
     # Not sys.exit: after a failure the other ranks may wait in a collective, and the interpreter's clean-up would wait with them.
     os._exit(code)
+
+
+def _unforeseen(error: Exception, run: Path, rank: int, ranks: Ranks | None, fail: Callable[..., int]) -> int:
+    """What the system refuses, a lost peer, or our bug: the person gets it in a line or two, the log has it whole."""
+    if isinstance(error, OSError) and (text := of_system(error)):
+        return fail(f"error: {text}", JOB_ERROR)
+    traceback.print_exc()
+    log = run / LOGS / f"rank{rank}.txt"
+    if ranks is not None:
+        from pipeline.train.engine import lost_peer
+
+        if lost_peer(error):
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            return fail(
+                f"rank {rank} lost the other ranks ({ranks.watch.place}): {reason}\nRun again to continue; more is in {log}",
+                RANK_FAILED,
+                True,
+            )
+    return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; the whole story is in {log}", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ _RECORDED = 10
 
 
 def show_start(
-    screen: Screen, run: Path, job: Job, base: LoadedBase, delta: Delta, root: Causal, ranks: Ranks, course: Course, too_long: int
+    screen: Screen,
+    run: Path,
+    job: Job,
+    base: LoadedBase,
+    delta: Delta,
+    root: Causal,
+    ranks: Ranks,
+    course: Course,
+    too_long: int,
+    notes: tuple[tuple[str, str], ...],
 ) -> None:
     """What is about to happen."""
     frozen, trained = base.parameters, delta.parameters
@@ -38,7 +48,7 @@ def show_start(
         rows.append(("too long", f"{too_long:,} examples: {'truncated' if job.task.too_long == 'truncate' else 'dropped'}"))
     if job.train.dropout:
         rows.append(("dropout", "the base's own is on: reproducible on the same number of ranks only"))
-    screen.table(str(run), rows)
+    screen.table(str(run), [*rows, *notes])
 
 
 def show_scores(screen: Screen, title: str, scores: Scores) -> None:
@@ -55,8 +65,19 @@ def show_scores(screen: Screen, title: str, scores: Scores) -> None:
     screen.table(title, rows)
 
 
-def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any]) -> None:
-    """What came out and where it is."""
+def stopped_text(step: int, steps: int, cause: str | None) -> str:
+    """What a person reads when training has stopped on request."""
+    why = {"SIGINT": " by Ctrl-C", None: ""}.get(cause, f" by {cause}")
+    command = shlex.join(["zlora", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
+    return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved. To go on: {command}"
+
+
+def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again: bool = False) -> None:
+    """What came out and where it is.
+
+    Args:
+        again: the run was finished before.
+    """
     revision = ["--revision", job.base.revision] if job.base.revision else []
     rows = [
         ("time", f"{result['seconds']:.0f} s for {result['steps']:,} steps"),
@@ -68,7 +89,11 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any]) -> Non
         ("merge it", shlex.join(["zlora", "merge", job.base.model, str(run / "delta"), *revision, "--out", "MERGED"])),
     ]
     if result["skipped_steps"]:
-        rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (fp16 gradients out of range)"))
+        rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (gradients out of range)"))
+    if again:
+        rows.append(
+            ("nothing to do", "this run is finished: set train.epochs or train.steps higher to go on, or use --fresh to begin again")
+        )
     screen.table("done", rows)
 
 

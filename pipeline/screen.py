@@ -53,10 +53,10 @@ class Screen:
             bar.remove_task(task)
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[StepBar]:
+    def training(self, steps: int, done: int = 0) -> Iterator[StepBar]:
         """The bar of the training loop."""
         with self._live(transient=False) as bar:
-            yield StepBar(bar, self._console, steps)
+            yield StepBar(bar, self._console, steps, done)
 
     @contextmanager
     def _live(self, transient: bool) -> Iterator[Progress]:
@@ -82,9 +82,9 @@ class Screen:
 class StepBar:
     """A bar on a terminal; elsewhere (a Slurm log, a pipe) a line now and then."""
 
-    def __init__(self, bar: Progress, console: Console, steps: int) -> None:
+    def __init__(self, bar: Progress, console: Console, steps: int, done: int) -> None:
         self._bar, self._console, self._steps = bar, console, steps
-        self._task = bar.add_task("training", total=steps, note="")
+        self._task = bar.add_task("training", total=steps, completed=done, note="")
         self._first: tuple[int, float] | None = None
         self._said = time.monotonic()
 

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
+from pipeline.cluster.stop import STOPPED
 from pipeline.job.errors import JobError
 
 PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
@@ -31,6 +32,10 @@ _LAUNCHER = "ZLORA_LAUNCHER_PID"
 _STARTED = "started"
 _POLL_S = 0.1
 _GRACE_S = 3.0
+_BOUNCE_S = 1.0
+"""Two Ctrl-C closer together are one."""
+_LEAVE_S = 30.0
+"""Ranks that stop on request leave together, but for the time it takes to end a process group."""
 _TOGETHER_S = 0.5
 """Ranks that die this close together: one of them pulled the others down."""
 
@@ -43,6 +48,8 @@ class Failure:
     exit_code: int
     message: str
     time: float
+    echo: bool = False
+    """It only says that another rank is gone."""
 
 
 def inside_ranks() -> bool:
@@ -90,11 +97,18 @@ def visible_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def launch(arguments: list[str], ranks: int | None) -> int:
+def restarted() -> bool:
+    """Whether a batch system or torchrun started this very command before, so that what it wrote is its own."""
+    return any(int(os.environ.get(name, "0") or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] = ()) -> int:
     """Runs `zlora ARGUMENTS` on several ranks of this machine and waits for them.
 
     Args:
         ranks: how many; None: one for each GPU, else one.
+        stop_signals: requests that the ranks answer by saving and ending in their own time, as they do Ctrl-C and a closed terminal.
+            Without any, Ctrl-C ends them at once.
 
     Returns:
         The exit code for the shell: 0, or that of the rank that failed first (76 where a signal ended it).
@@ -112,15 +126,38 @@ def launch(arguments: list[str], ranks: int | None) -> int:
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
+            if stop_signals:
+                _pass_on(stop_signals, children)
             while not (folder / _STARTED).exists() and all(child.poll() is None for child in children):
                 time.sleep(_POLL_S)
         return _watch(children, folder)
     except KeyboardInterrupt:
-        print("\nStopped. What was saved is in the run folder.", file=sys.stderr)
+        print("\nStopped at once. What was saved is in the run folder.", file=sys.stderr)
         return 130
     finally:
         _end(children)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pass_on(names: tuple[str, ...], children: list[subprocess.Popen[bytes]]) -> None:
+    """From now on, requests to stop go to the ranks. A second Ctrl-C ends them at once."""
+    first = 0.0
+
+    def on_signal(number: int, _: object) -> None:
+        nonlocal first
+        if number == signal.SIGINT:
+            if first and time.monotonic() - first > _BOUNCE_S:
+                raise KeyboardInterrupt
+            if not first:
+                first = time.monotonic()
+                print("\nStopping after this step, and saving. Ctrl-C once more: at once, back to the last state.", file=sys.stderr)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number if signal.Signals(number).name in names else signal.SIGINT)
+
+    for name in {*names, "SIGINT", "SIGHUP"}:
+        if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:  # nohup's
+            signal.signal(signal.Signals[name], on_signal)
 
 
 def die_with_parent() -> None:
@@ -139,13 +176,16 @@ def report_start() -> None:
         time.sleep(2 * _POLL_S)
 
 
-def report_failure(message: str, exit_code: int, terminal: TextIO) -> None:
-    """Tells the launcher, or the terminal where there is none, why this rank ends."""
+def report_failure(message: str, exit_code: int, terminal: TextIO, echo: bool = False) -> None:
+    """Tells the launcher, or the terminal where there is none, why this rank ends.
+
+    Args:
+        echo: another rank's end is the reason, so that rank's own words are the better ones.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if folder := os.environ.get(_FOLDER):
-        failure = {"rank": rank, "exit_code": exit_code, "message": message, "time": time.time()}
         partial = Path(folder) / f".failure.{rank}"
-        partial.write_text(json.dumps(failure), encoding="utf-8")
+        partial.write_text(json.dumps(asdict(Failure(rank, exit_code, message, time.time(), echo))), encoding="utf-8")
         partial.rename(Path(folder) / f"failure.{rank}")
     else:
         print(message, file=terminal, flush=True)
@@ -181,28 +221,33 @@ def _thread_defaults(cores: int) -> dict[str, str]:
 
 
 def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
-    while True:
-        codes = [child.poll() for child in children]
-        if any(codes):
+    """Waits until every rank has ended, or one has failed."""
+    deadline = None
+    while None in (codes := [child.poll() for child in children]):
+        if any(code not in (None, 0, STOPPED) for code in codes):
             time.sleep(_TOGETHER_S)
-            failure = _first_failure([child.poll() for child in children], folder)
-            print(failure.message, file=sys.stderr)
-            return failure.exit_code
-        if all(code == 0 for code in codes):
-            return 0
+            break
+        if STOPPED in codes:
+            deadline = deadline or time.monotonic() + _LEAVE_S
+            if time.monotonic() > deadline:
+                break
         time.sleep(_POLL_S)
+    if not any(codes):
+        return 0
+    failure = _first_failure([child.poll() for child in children], folder)
+    print(failure.message, file=sys.stderr)
+    return failure.exit_code
 
 
 def _first_failure(codes: list[int | None], folder: Path) -> Failure:
-    """The cause, not its echoes: a mistake of the user's, then a signal, then the earliest crash.
-
-    Ranks whose peer is gone crash or abort; they never find fault with the job.
-    """
+    """The cause, not its echoes: a mistake of the user's, then a signal, then the earliest crash."""
     failures = []
     for rank, code in enumerate(codes):
         told = folder / f"failure.{rank}"
         if told.exists():
             failures.append(Failure(**json.loads(told.read_text(encoding="utf-8"))))
+        elif code == STOPPED:
+            failures.append(Failure(rank, code, f"Rank {rank} was asked to stop. Run again to continue.", time.time()))
         elif code and code < 0:
             name = signal.Signals(-code).name
             hint = " Out of memory is the usual cause." if name == "SIGKILL" else ""
@@ -210,7 +255,12 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
         elif code:
             failures.append(Failure(rank, code, f"rank {rank} ended with exit code {code} and said nothing.", time.time()))
     order = (JOB_ERROR, DIVERGED, RANK_FAILED)
-    return min(failures, key=lambda f: (order.index(f.exit_code) if f.exit_code in order else len(order), f.time))
+
+    def rank_of(failure: Failure) -> tuple[bool, bool, int, float]:
+        place = order.index(failure.exit_code) if failure.exit_code in order else len(order)
+        return failure.exit_code == STOPPED, failure.echo, place, failure.time
+
+    return min(failures, key=rank_of)
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import DynamicCache
 
 from pipeline.model.causal import Causal, Decode
-from pipeline.train.engine import Ranks
+from pipeline.train.engine import Ranks, StopAgreed
 
 
 def generate_greedy(
@@ -31,6 +31,9 @@ def generate_greedy(
         prompts: the same list on every rank; each rank generates its share.
         context: positions the model has.
         progress: wraps the iteration over batches, for a progress bar.
+
+    Raises:
+        StopAgreed: a rank was asked to stop.
 
     Returns:
         The new tokens of each prompt, end token included where there is one, on every rank.
@@ -60,8 +63,12 @@ def _continue(root: Causal, prompts: list[list[int]], ranks: Ranks, max_new_toke
     room = [min(max_new_tokens, context - len(p)) for p in prompts]
     while True:
         open_rows = [row for row, text in enumerate(new) if len(text) < room[row] and (not text or text[-1] != end_id)]
-        if not _any_rank(bool(open_rows), ranks):
+        remains, stop = ranks.any(bool(open_rows), ranks.stop.asked)
+        if stop:
+            raise StopAgreed
+        if not remains:
             return new
+        ranks.watch.at("generating")
         (logits,) = root(decode=Decode(tokens, mask, positions, cache))
         chosen = logits.argmax(-1)
         for row, token in zip(open_rows, chosen[open_rows].tolist(), strict=True):
@@ -70,9 +77,3 @@ def _continue(root: Causal, prompts: list[list[int]], ranks: Ranks, max_new_toke
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         # Rows that are done keep the others company; their positions must stay inside the table.
         positions = (positions[:, -1:] + 1).clamp(max=context - 1)
-
-
-def _any_rank(remains: bool, ranks: Ranks) -> bool:
-    flag = torch.tensor([int(remains)], device=ranks.device)
-    dist.all_reduce(flag)
-    return bool(flag.item())

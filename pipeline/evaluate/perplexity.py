@@ -11,15 +11,22 @@ from pipeline.model.causal import Causal
 from pipeline.tasks.batch import collate
 from pipeline.tasks.example import Sequence
 from pipeline.tasks.order import deal
-from pipeline.train.engine import Ranks
+from pipeline.train.engine import Ranks, StopAgreed
 
 
 @torch.no_grad()
 def perplexity(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batch_tokens: int, packed: bool) -> float:
-    """Of the target tokens only, as in training; without label smoothing."""
+    """Of the target tokens only, as in training; without label smoothing.
+
+    Raises:
+        StopAgreed: a rank was asked to stop.
+    """
     dealt = deal([len(s) for s in sequences], ranks.count, micro_batch_tokens, packed)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for chosen in dealt[ranks.rank]:
+        ranks.watch.at("perplexity")
+        if ranks.any(ranks.stop.asked)[0]:
+            raise StopAgreed
         batch = collate([sequences[i] for i in chosen], chosen, packed, ranks.device)
         total += root(batch=batch)[1].double()
     dist.all_reduce(total)

@@ -25,3 +25,7 @@ def of_system(error: OSError) -> str | None:
 
 class Diverged(Exception):
     """Training produced numbers that are not finite. The command exits with code 4."""
+
+
+class Stopped(Exception):
+    """Training ended early because it was asked to; everything is saved. The command exits with code 75."""

@@ -64,6 +64,14 @@ def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     return _resolve(job, path)
 
 
+def read_resolved(file: Path) -> Job | None:
+    """The job that a run folder holds, as it is; None where there is none or another version wrote it."""
+    try:
+        return Job.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
 def job_digest(job: Job) -> str:
     """sha256 of the resolved job in canonical JSON."""
     canonical = json.dumps(job.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

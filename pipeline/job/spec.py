@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Split = Literal["train", "valid", "test"]
+StopSignal = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
 Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -110,7 +111,15 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
     """Of the order of examples, the start of A, and dropout."""
     save_every_steps: PositiveInt = 500
-    """The delta is written this often and at the end."""
+    """The state, from which a run goes on, and the delta are written this often and at the end."""
+    keep_states: PositiveInt = 2
+    """The newest so many states stay. With one only, there is none to fall back to if it is damaged."""
+    stop_signals: Annotated[tuple[StopSignal, ...], Field(strict=False)] = ("SIGTERM", "SIGUSR1")
+    """Any of these to any rank: all ranks finish the step, save, and end with exit code 75. SIGINT (Ctrl-C) always does that."""
+    stop_after_bad_steps: PositiveInt = 3
+    """Steps in a row whose loss or gradient is not finite end the run with exit code 4. None of them changes the delta."""
+    timeout_s: PositiveFloat = 1800.0
+    """A rank that gets no further for so long (a hung collective, a dead file system) ends the run with exit code 76."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -27,7 +27,7 @@ class Delta:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> trained tensor, in model order."""
         return {
-            f"{adapted.module}.{branch.first_row}.{key}": tensor
+            f"{branch.name}.{key}": tensor
             for adapted in self.adapted
             for branch in adapted.branches
             for key, tensor in (("a", branch.a), ("b", branch.b))

@@ -18,6 +18,7 @@ from pipeline.weights.index import Entry
 
 def store(
     delta: Delta,
+    values: dict[str, torch.Tensor],
     folder: Path,
     method: Lora,
     base: str,
@@ -26,13 +27,14 @@ def store(
     job_digest: str,
     step: int,
 ) -> None:
-    """Writes the delta. The trained tensors are whole on every rank, so nothing is gathered.
+    """Writes the delta.
 
     Args:
+        values: of the trained tensors, by name, in main memory: as they were at `step`, while training goes on.
         base_files: sha256 of each of the base's weight files.
         tensors: parameter name -> checkpoint entry, from loading the base.
     """
-    pairs = {adapted.module: to_peft(adapted) for adapted in delta.adapted}
+    pairs = {adapted.module: to_peft(adapted, values) for adapted in delta.adapted}
     stored: dict[str, torch.Tensor] = {}
     for name, pair in pairs.items():
         a_key, b_key = keys_of(name)

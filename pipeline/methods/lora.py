@@ -27,6 +27,8 @@ from pipeline.model.linear import FrozenLinear
 class LoraBranch:
     """One adapted role of one linear map. Its tensors are not registered with the module: ZeRO-3 must not shard them."""
 
+    name: str
+    """Module and first row: the same in every run of a job."""
     a: torch.Tensor
     b: torch.Tensor
     scale: float
@@ -82,6 +84,7 @@ def attach_lora(
             raise JobError(f"methods[0].rank = {method.rank}: {name} has room for {largest} at most. Use a smaller rank.")
         branches = tuple(
             LoraBranch(
+                name=f"{name}.{first}",
                 a=_draw(method, f"{name}:{first}", linear.in_features, seed).to(device).requires_grad_(),
                 b=torch.zeros(rows, method.rank, device=device).requires_grad_(),
                 scale=method.alpha / method.rank,
@@ -97,16 +100,20 @@ def attach_lora(
     return adapted
 
 
-def to_peft(adapted: AdaptedLinear) -> PeftPair:
-    """The branches of one module as the one pair that PEFT knows."""
+def to_peft(adapted: AdaptedLinear, values: dict[str, torch.Tensor]) -> PeftPair:
+    """The branches of one module as the one pair that PEFT knows.
+
+    Args:
+        values: of the trained tensors, by name, in main memory.
+    """
     branches, linear = adapted.branches, adapted.linear
     b = torch.zeros(linear.out_features, sum(branch.a.shape[0] for branch in branches))
     column = 0
     for branch in branches:
         rows, rank = branch.b.shape
-        b[branch.first_row : branch.first_row + rows, column : column + rank] = branch.b.detach()
+        b[branch.first_row : branch.first_row + rows, column : column + rank] = values[f"{branch.name}.b"]
         column += rank
-    a = torch.cat([branch.a.detach().cpu() for branch in branches])
+    a = torch.cat([values[f"{branch.name}.a"] for branch in branches])
     return PeftPair(a, b, column, branches[0].scale * column)
 
 

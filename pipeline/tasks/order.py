@@ -28,22 +28,14 @@ def example_at(position: int, examples: int, seed: int) -> int:
     return _permutation(examples, seed, epoch)[place]
 
 
-def total_steps(examples: int, batch_examples: int, epochs: float | None, steps: int | None) -> int:
-    """Optimizer steps of the whole training; epochs run into one another, so only the very last step may be smaller."""
-    return steps if steps is not None else math.ceil(_stream_examples(examples, epochs or 1.0) / batch_examples)
-
-
-def step_examples(step: int, batch_examples: int, examples: int, seed: int, epochs: float | None) -> list[int]:
-    """The examples of a step (counted from 0), in stream order."""
-    end = (step + 1) * batch_examples
-    if epochs is not None:
-        end = min(end, _stream_examples(examples, epochs))
-    return [example_at(position, examples, seed) for position in range(step * batch_examples, end)]
-
-
-def _stream_examples(examples: int, epochs: float) -> int:
-    """Examples of the whole training: at least one, however small the share of an epoch."""
+def stream_end(examples: int, epochs: float) -> int:
+    """The position where so many epochs end: after one example at least, however small the share of an epoch."""
     return max(1, round(examples * epochs))
+
+
+def stream_examples(first: int, count: int, examples: int, seed: int) -> list[int]:
+    """The examples at `count` positions from `first` on. Epochs run into one another, so every step but the last can be full."""
+    return [example_at(position, examples, seed) for position in range(first, first + count)]
 
 
 def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.weights.atomic import write_text
 
 _TAGS = {
     "loss": "train/loss",
@@ -24,31 +27,56 @@ _TAGS = {
 
 
 class Board:
-    """Open for the length of a run."""
+    """Open for one sitting of a run.
 
-    def __init__(self, run: Path) -> None:
-        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._events = SummaryWriter(str(run / "tensorboard"))
+    Args:
+        after: the step from which the run goes on. What an earlier sitting wrote of later steps is taken back.
+    """
 
-    def __enter__(self) -> Board:
-        return self
+    def __init__(self, run: Path, after: int) -> None:
+        file = run / "metrics.jsonl"
+        rows = [row for row in read_rows(file) if row["step"] <= after]
+        self.evaluated = {
+            (row["step"], row["split"]): {key: value for key, value in row.items() if key not in ("step", "split")}
+            for row in rows
+            if "split" in row
+        }
+        """Scores by step and split."""
+        self.last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
+        """The newest step's row."""
+        if file.exists():
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics = file.open("a", encoding="utf-8", buffering=1)
+        # TensorBoard too forgets what came after.
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self._metrics.close()
         self._events.close()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One step's values; `step` counts from 1."""
-        self._record({"step": step, **values})
+        self.last = {"step": step, **values}
+        self._record(self.last)
         for key, tag in _TAGS.items():
             self._events.add_scalar(tag, values[key], step)
 
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
         self._record({"step": step, "split": split, **metrics})
+        self.evaluated[step, split] = metrics
         for key, value in metrics.items():
             self._events.add_scalar(f"{split}/{key}", value, step)
         self._events.add_text(f"{split}/samples", samples, step)
+
+    def saved(self, step: int, stall_s: float, waited_s: float) -> None:
+        """A state was taken: training stood still for `stall_s`, of which `waited_s` for the write before."""
+        self._record({"step": step, "save_stall_s": stall_s, "save_waited_s": waited_s})
+        self._events.add_scalar("speed/save_stall_s", stall_s, step)
+
+    def sync(self) -> None:
+        """Has the rows on disk: a state must not be there before the steps that led to it."""
+        os.fsync(self._metrics.fileno())
 
     def _record(self, row: dict[str, float | str]) -> None:
         # JSON has no infinity and no NaN; a skipped step's gradient norm is one of them.
@@ -57,3 +85,14 @@ class Board:
 
     def text(self, tag: str, text: str) -> None:
         self._events.add_text(tag, text)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The whole rows of `metrics.jsonl`, none where there is no file; a process killed while writing leaves half of one."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]

@@ -6,7 +6,8 @@ DeepSpeed is given no optimizer: it shards, gathers, prefetches and releases the
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,27 +16,47 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.cluster.stop import StopRequest
+from pipeline.cluster.watchdog import Watchdog
 from pipeline.job.errors import JobError
 from pipeline.job.zero import zero_stage
 
-_TIMEOUT = timedelta(minutes=30)
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|socket|nccl|gloo", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process as one of many."""
+
     rank: int
     count: int
     local: int
     """Rank on its machine."""
     device: torch.device
+    watch: Watchdog = field(default_factory=Watchdog)
+    """Is told where this rank is."""
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether some rank has it set. A collective."""
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes)
+        return tuple(bool(vote) for vote in votes.tolist())
 
-def join_ranks() -> Ranks:
+
+class StopAgreed(Exception):
+    """Raised on every rank at the same place: some rank was asked to stop."""
+
+
+def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None) -> Ranks:
     """Joins the process group that the environment describes (ours, torchrun's or Slurm's).
+
+    Args:
+        timeout_s: how long a rank may get no further. The watchdog keeps to it; collectives give up later, so that it reports first.
 
     Raises:
         JobError: there are GPUs, and torch cannot use them.
@@ -54,11 +75,18 @@ def join_ranks() -> Ranks:
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     rendezvous = os.environ.get("ZLORA_RENDEZVOUS", "env://")
-    dist.init_process_group("nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=2 * timeout_s + 60)
+    )
     # DeepSpeed would compile a shared-memory all-reduce here, which needs a compiler and a minute, and which nothing below calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    return Ranks(rank, count, local, device)
+    return Ranks(rank, count, local, device, Watchdog(rank), stop or StopRequest())
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed for another rank's sake, rather than for a fault of this one."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
 
 
 def leave_ranks() -> None:

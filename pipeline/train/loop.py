@@ -1,72 +1,105 @@
-"""The one training loop: for every step, deal its examples, take the step, write it down; now and then save and evaluate.
+"""The one training loop: for every step, deal its examples, take the step, say what came of it. Saving and scoring are the caller's.
 
 Every rank knows every example's length, so the deal and the step's count of target tokens need no communication.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
-from pipeline.job.errors import JobError
+from pipeline.job.errors import Diverged, JobError
 from pipeline.job.spec import Train
 from pipeline.tasks.batch import collate
 from pipeline.tasks.example import Sequence
-from pipeline.tasks.order import deal, step_examples, total_steps
+from pipeline.tasks.order import deal, stream_end, stream_examples
 from pipeline.train.engine import Ranks
 from pipeline.train.schedule import learning_rate
-from pipeline.train.step import Stepper
+from pipeline.train.step import Stepper, StepResult
+from pipeline.weights.state import Progress
+
+_NAMED = 8
+"""Examples that a message names at most."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What is trained on and for how long."""
+    """What is trained on, from where, and for how long."""
 
     sequences: list[Sequence]
+    sources: list[str]
+    """File and line of each sequence."""
     train: Train
+    start: Progress = field(default_factory=Progress)
 
     @property
-    def epochs(self) -> float | None:
-        return None if self.train.steps else self.train.epochs or 1.0
+    def end(self) -> int | None:
+        """Position in the stream of examples where the epochs end; None where the job counts steps."""
+        return None if self.train.steps else stream_end(len(self.sequences), self.train.epochs or 1.0)
 
     @property
     def steps(self) -> int:
-        return total_steps(len(self.sequences), self.train.batch_examples, self.epochs, self.train.steps)
+        """Of the whole run, those before the start included."""
+        if self.end is None:
+            assert self.train.steps is not None
+            return self.train.steps
+        # A run that ended in a smaller step and now goes on for more epochs continues with the next example.
+        return self.start.step + -(-(self.end - self.start.position_examples) // self.train.batch_examples)
+
+    def examples(self, step: int) -> list[int]:
+        """The examples of a step (counted from 0), in stream order."""
+        first = self.start.position_examples + (step - self.start.step) * self.train.batch_examples
+        count = self.train.batch_examples if self.end is None else min(self.train.batch_examples, self.end - first)
+        return stream_examples(first, count, len(self.sequences), self.train.seed)
 
     def refuse_impossible(self) -> None:
         """Raises:
-        JobError: a single example does not fit a micro-batch."""
+        JobError: a single example does not fit a micro-batch, or the run is past its end already."""
         longest = max(map(len, self.sequences))
         if longest > self.train.micro_batch_tokens:
             raise JobError(
                 f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: the longest example has {longest} tokens. "
                 f"Set it to {longest} or more, or limit examples with train.max_tokens."
             )
+        if self.steps < self.start.step:
+            key = "steps" if self.train.steps else "epochs"
+            raise JobError(
+                f"train.{key} = {getattr(self.train, key)}: makes {max(0, self.steps)} steps, and the run has taken {self.start.step}. "
+                "Set it higher, or use --run for another folder."
+            )
 
 
-def run_course(
-    course: Course,
-    stepper: Stepper,
-    ranks: Ranks,
-    on_step: Callable[[int, dict[str, float]], None],
-    on_save: Callable[[int], None],
-    on_evaluate: Callable[[int], None],
-    evaluate_every_steps: int | None,
-) -> None:
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken."""
+
+    progress: Progress
+    values: dict[str, float]
+    """For the record: loss, speed, memory."""
+    bad: bool
+    """Loss or gradient was not finite, so nothing changed."""
+    stop: bool
+    """Some rank was asked to stop: all ranks see it at the same step."""
+
+
+def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken]:
     """Trains to the end of the course.
 
-    Args:
-        on_step, on_save, on_evaluate: called on every rank with the number of steps done.
+    Raises:
+        Diverged: `train.stop_after_bad_steps` steps in a row were bad; names the first and its examples.
     """
-    train, total = course.train, course.steps
-    skipped = 0
-    for step in range(total):
+    train, total, progress = course.train, course.steps, course.start
+    streak: list[str] = []
+    for step in range(course.start.step, total):
         start = time.perf_counter()
-        examples = step_examples(step, train.batch_examples, len(course.sequences), train.seed, course.epochs)
+        ranks.watch.at("dealing examples", step + 1)
+        examples = course.examples(step)
         sequences = [course.sequences[index] for index in examples]
         dealt = deal([len(s) for s in sequences], ranks.count, train.micro_batch_tokens, train.packing)
         micro_batches = [
@@ -79,31 +112,56 @@ def run_course(
         targets = sum(s.target_tokens for s in sequences)
         rate = learning_rate(train, step, total)
         result = stepper(step, micro_batches, targets, rate)
-        skipped += result.skipped
         seconds = time.perf_counter() - start
-        on_step(
-            step + 1,
-            {
-                "loss": result.loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                "loss_scale": result.loss_scale,
-                "skipped_steps": skipped,
-                "examples": len(examples),
-                "tokens": sum(map(len, sequences)),
-                "target_tokens": targets,
-                "padding_share": _padding_share(dealt, [len(s) for s in sequences], train.packing),
-                "target_tokens_per_s": targets / seconds,
-                "examples_per_s": len(examples) / seconds,
-                "step_s": seconds,
-                "peak_memory_bytes": peak_memory_bytes(ranks.device),
-            },
+        if result.bad:
+            streak.append(_suspects(course, step, examples, dealt, result, ranks))
+            if len(streak) == train.stop_after_bad_steps:
+                raise Diverged(_diverged(course, step, streak, result))
+        else:
+            streak.clear()
+        progress = Progress(
+            step=step + 1,
+            position_examples=progress.position_examples + len(examples),
+            seconds=progress.seconds + seconds,
+            **stepper.progress(),
         )
-        last = step + 1 == total
-        if last or (step + 1) % train.save_every_steps == 0:
-            on_save(step + 1)
-        if last or (evaluate_every_steps and (step + 1) % evaluate_every_steps == 0):
-            on_evaluate(step + 1)
+        values = {
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "loss_scale": result.loss_scale,
+            "skipped_steps": progress.skipped_steps,
+            "examples": len(examples),
+            "tokens": sum(map(len, sequences)),
+            "target_tokens": targets,
+            "padding_share": _padding_share(dealt, [len(s) for s in sequences], train.packing),
+            "target_tokens_per_s": targets / seconds,
+            "examples_per_s": len(examples) / seconds,
+            "step_s": seconds,
+            "seconds": progress.seconds,
+            "peak_memory_bytes": peak_memory_bytes(ranks.device),
+        }
+        yield Taken(progress, values, result.bad, result.stop)
+
+
+def _suspects(course: Course, step: int, examples: list[int], dealt: list[list[list[int]]], result: StepResult, ranks: Ranks) -> str:
+    """A bad step and the examples that may be the cause: those of micro-batches whose own loss is not finite, else all."""
+    found: list[list[int]] = [[] for _ in range(ranks.count)]
+    own = [examples[i] for number in result.suspects for i in dealt[ranks.rank][number]]
+    dist.all_gather_object(found, own)
+    names = [course.sources[index] for index in sorted({index for part in found for index in part}) or sorted(set(examples))]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"step {step + 1} ({', '.join(names[:_NAMED])}{more})"
+
+
+def _diverged(course: Course, step: int, streak: list[str], result: StepResult) -> str:
+    what = f"the loss is {result.loss:.4g}" if not math.isfinite(result.loss) else f"the gradient norm is {result.grad_norm:.4g}"
+    many = f" and in the {len(streak) - 1} steps after it" if len(streak) > 1 else ""
+    return (
+        f"step {step + 1}: {what}; so it was first in {streak[0]}{many}. The weights are as before that step, and the last state is kept. "
+        "Mend the examples if they are the cause (then use another --run); or lower train.learning_rate or set train.clip_norm "
+        "and go on with --accept-changes; or use another base.dtype."
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

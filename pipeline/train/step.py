@@ -7,20 +7,24 @@ micro-batch is divided by the whole step's count, and gradients are summed by on
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.job.errors import Diverged
+from pipeline.job.errors import JobError
 from pipeline.job.spec import Train
 from pipeline.methods.attach import Delta
 from pipeline.model.causal import Causal
 from pipeline.tasks.batch import MicroBatch
-from pipeline.train.engine import Engine
+from pipeline.train.engine import Engine, Ranks
+from pipeline.weights.state import Progress
 
 _FIRST_SCALE = 65536.0
 _GROWTH_STEPS = 2000
+_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,26 @@ class StepResult:
     """Before clipping; not finite where the step was skipped."""
     loss_scale: float
     skipped: bool
+    """The weights are as they were before it."""
+    bad: bool
+    """Skipped for more than fp16's range: a smaller loss scale would not have saved it."""
+    suspects: tuple[int, ...]
+    """Of a bad step: this rank's micro-batches whose own loss is not finite."""
+    stop: bool
+    """Some rank was asked to stop."""
 
 
 class Stepper:
     """Holds the optimizer and the flat gradient buffer; one call is one step.
 
-    The buffer's last slot carries the loss, so that one all-reduce sums everything.
+    The buffer's last two slots carry the loss and the vote on stopping, so that one all-reduce sums everything.
     """
 
-    def __init__(self, engine: Engine, root: Causal, delta: Delta, train: Train, fp16: bool) -> None:
-        self._engine, self._root, self._delta, self._train = engine, root, delta, train
-        tensors = list(delta.tensors().values())
-        self._flat = torch.zeros(sum(t.numel() for t in tensors) + 1, device=tensors[0].device)
+    def __init__(self, engine: Engine, root: Causal, delta: Delta, train: Train, ranks: Ranks, fp16: bool) -> None:
+        self._engine, self._root, self._delta, self._train, self._ranks = engine, root, delta, train, ranks
+        self._tensors = delta.tensors()
+        tensors = list(self._tensors.values())
+        self._flat = torch.zeros(sum(t.numel() for t in tensors) + 2, device=tensors[0].device)
         place = 0
         for tensor in tensors:
             tensor.grad = self._flat[place : place + tensor.numel()].view_as(tensor)
@@ -50,8 +62,15 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(
             tensors, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_eps, weight_decay=train.weight_decay, fused=True
         )
+        # From the start, so that a state can be taken and put back before the first step too.
+        for tensor in tensors:
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
         self._scale = _FIRST_SCALE if fp16 else None
-        self._good_steps = 0
+        self._good_steps = self._optimizer_steps = self._skipped_steps = 0
 
     def __call__(self, step: int, micro_batches: list[MicroBatch], target_tokens: int, learning_rate: float) -> StepResult:
         """Takes a step.
@@ -60,46 +79,108 @@ class Stepper:
             step: counted from 0; draws of dropout depend on it.
             micro_batches: this rank's share, as many on every rank.
             target_tokens: of the whole step over all ranks.
-
-        Raises:
-            Diverged: gradients are not finite and no loss scale is left to lower.
         """
         scale = self._scale or 1.0
         self._flat.zero_()
         self._delta.clock.step = step
-        for batch in micro_batches:
+        losses = []
+        for number, batch in enumerate(micro_batches, 1):
+            self._ranks.watch.at(f"micro-batch {number} of {len(micro_batches)}")
             self._delta.clock.keys = batch.keys
             loss, _ = self._root(batch=batch, smoothing=self._train.label_smoothing)
             (loss * (scale / target_tokens)).backward()
             self._engine.after_backward()
-            self._flat[-1] += loss.detach() / target_tokens
+            losses.append(loss.detach())
+            self._flat[-2] += losses[-1] / target_tokens
         self._delta.clock.keys = None
+        # As late as can be: what comes after this waits for the next step.
+        self._flat[-1] = float(self._ranks.stop.asked)
+        self._ranks.watch.at("all-reduce of the gradient")
         dist.all_reduce(self._flat)
-        gradient = self._flat[:-1]
+        gradient = self._flat[:-2]
         gradient /= scale
         norm = float(gradient.norm())
-        result = StepResult(float(self._flat[-1]), norm, scale, not math.isfinite(norm))
-        if result.skipped:
-            self._lower_scale(step, result)
-            return result
+        loss, stop = float(self._flat[-2]), bool(self._flat[-1])
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._update(gradient, norm, learning_rate)
+            return StepResult(loss, norm, scale, False, False, (), stop)
+        bad = not math.isfinite(loss) or self._scale is None or self._scale <= 1.0
+        suspects = tuple(number for number, own in enumerate(losses) if not math.isfinite(own)) if bad else ()
+        self._skip(lower_scale=not bad)
+        return StepResult(loss, norm, scale, True, bad, suspects, stop)
+
+    def progress(self) -> dict[str, Any]:
+        """The counters that belong to the optimizer, by their names in a state's `Progress`."""
+        return {
+            "optimizer_steps": self._optimizer_steps,
+            "skipped_steps": self._skipped_steps,
+            "loss_scale": self._scale,
+            "good_steps": self._good_steps,
+        }
+
+    def capture(self) -> dict[str, torch.Tensor]:
+        """Copies of the master weights and both moments in main memory, by kind/name: 3 x the delta's elements, nothing else."""
+        return {
+            f"{kind}/{name}": part
+            for kind, flat in ((kind, self._gathered(kind)) for kind in _KINDS)
+            for name, part in self._parts(flat.to("cpu"))
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor] | None, progress: Progress) -> None:
+        """Puts back what `capture` took.
+
+        Args:
+            tensors: on the first rank, which hands them to the others.
+
+        Raises:
+            JobError: the state has other tensors than the job trains.
+        """
+        for kind in _KINDS:
+            flat = self._gathered(kind)
+            if tensors is not None:
+                for name, part in self._parts(flat):
+                    stored = tensors.get(f"{kind}/{name}")
+                    if stored is None or stored.shape != part.shape:
+                        raise JobError(
+                            f"the state has no {kind} of {name} with shape {list(part.shape)}. Put the job back, or use --fresh."
+                        )
+                    part.copy_(stored)
+            dist.broadcast(flat, 0)
+            with torch.no_grad():
+                for (_, part), tensor in zip(self._parts(flat), self._of(kind), strict=True):
+                    tensor.copy_(part)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(progress.optimizer_steps))
+        self._optimizer_steps, self._skipped_steps = progress.optimizer_steps, progress.skipped_steps
+        if self._scale is not None:
+            self._scale, self._good_steps = progress.loss_scale or _FIRST_SCALE, progress.good_steps
+
+    def _of(self, kind: str) -> list[torch.Tensor]:
+        tensors = list(self._tensors.values())
+        return tensors if kind == "weight" else [self.optimizer.state[tensor][kind] for tensor in tensors]
+
+    def _gathered(self, kind: str) -> torch.Tensor:
+        return torch.cat([tensor.detach().reshape(-1) for tensor in self._of(kind)])
+
+    def _parts(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        place = 0
+        for name, tensor in self._tensors.items():
+            yield name, flat[place : place + tensor.numel()].view_as(tensor)
+            place += tensor.numel()
+
+    def _update(self, gradient: torch.Tensor, norm: float, learning_rate: float) -> None:
         if self._train.clip_norm and norm > self._train.clip_norm:
             gradient *= self._train.clip_norm / norm
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self._raise_scale()
-        return result
-
-    def _lower_scale(self, step: int, result: StepResult) -> None:
-        if self._scale is None or self._scale <= 1.0:
-            raise Diverged(
-                f"step {step + 1}: the gradient is not finite (loss {result.loss:.4g}). "
-                "Lower train.learning_rate, set train.clip_norm, or use another base.dtype; a delta saved before is kept."
-            )
-        self._scale /= 2.0
-        self._good_steps = 0
-
-    def _raise_scale(self) -> None:
+        self._optimizer_steps += 1
         self._good_steps += 1
         if self._scale is not None and self._good_steps % _GROWTH_STEPS == 0:
             self._scale *= 2.0
+
+    def _skip(self, lower_scale: bool) -> None:
+        self._skipped_steps += 1
+        self._good_steps = 0
+        if self._scale is not None and lower_scale:
+            self._scale /= 2.0

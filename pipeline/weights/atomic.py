@@ -69,8 +69,7 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
             _fsync(file)
         _fsync(partial)
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
-            folder.replace(retired)
+            retired = _retire(folder)
             partial.replace(folder)
             shutil.rmtree(retired)
         else:
@@ -79,6 +78,16 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes it from under its name at once: killed on the way, no half of it is left there."""
+    shutil.rmtree(_retire(folder))
+
+
+def _retire(folder: Path) -> Path:
+    retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
+    return folder.replace(retired)
 
 
 def _fsync(path: Path) -> None:

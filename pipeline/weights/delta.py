@@ -6,19 +6,17 @@ digests, counts, sha256, and for every adapted module the checkpoint tensor it a
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import sha256_of
+from pipeline.weights.tensors import load_tensors, save_tensors
 
 SCHEMA_VERSION = 1
 TENSORS = "adapter_model.safetensors"
@@ -67,13 +65,8 @@ def write_delta(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str
     Args:
         manifest: the fields of `Manifest` without `sha256`.
     """
-    if empty := [name for name, tensor in tensors.items() if tensor.numel() == 0]:
-        raise AssertionError(f"refusing to write a delta with empty tensors: {empty[0]}")
     with new_folder(folder, replace=True) as partial:
-        try:
-            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        except SafetensorError as error:  # how the library tells of a full disk
-            raise OSError(errno.ENOSPC, str(error), str(folder)) from None
+        save_tensors(partial / TENSORS, tensors)
         write_json(partial / CONFIG, config)
         write_json(partial / MANIFEST, asdict(Manifest(**manifest, sha256=sha256_of(partial / TENSORS))))
 
@@ -105,8 +98,8 @@ def read_delta(folder: Path) -> tuple[Manifest, dict[str, tuple[torch.Tensor, to
     manifest = read_manifest(folder)
     file = folder / TENSORS
     try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+        tensors = load_tensors(file)
+    except ValueError as error:
         raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
     if sha256_of(file) != manifest.sha256:
         raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")

@@ -25,7 +25,7 @@ from pipeline.model.build import read_config
 from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.zero3 import Partitioner, shard_bytes
-from pipeline.run import open_session
+from pipeline.session import open_session
 from pipeline.screen import Screen
 from pipeline.tasks.batch import collate
 from pipeline.tasks.example import Sequence
@@ -196,7 +196,7 @@ def pieces(ranks, numel):
 
 def session_refusal(ranks, job):
     try:
-        open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False)).training_sequences()
+        open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False)).training_set()
     except JobError as error:
         return str(error)
     return None

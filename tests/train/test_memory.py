@@ -20,7 +20,7 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
     from pipeline.job.read import job_digest, read_job
     from pipeline.methods.files import store
     from pipeline.model.zero3 import shard_of
-    from pipeline.run import open_session
+    from pipeline.session import open_session
     from pipeline.screen import Screen
     from pipeline.tasks.batch import collate
     from pipeline.train.step import Stepper
@@ -29,8 +29,8 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
     asked = read_job(Path(job))
     session = open_session(asked, ranks, Screen(io.StringIO(), shown=False))
     base = {name: shard_of(p).clone() for name, p in session.root.named_parameters()}
-    sequences, _ = session.training_sequences()
-    stepper = Stepper(session.engine, session.root, session.delta, asked.train, fp16=False)
+    sequences = session.training_set().sequences
+    stepper = Stepper(session.engine, session.root, session.delta, asked.train, ranks, fp16=False)
     for step in range(2):
         micro_batches = [collate(sequences[:4], [0, 1, 2, 3], True, ranks.device)]
         stepper(step, micro_batches, 100, 0.01)
@@ -42,7 +42,9 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
     try:
         files = file_digests(session.base.checkpoint.files)
         if ranks.first:
-            store(session.delta, Path(run), asked.methods[0], "base", files, session.base.tensors, job_digest(asked), 2)
+            tensors = stepper.capture()
+            values = {name.removeprefix("weight/"): t for name, t in tensors.items()}
+            store(session.delta, values, Path(run), asked.methods[0], "base", files, session.base.tensors, job_digest(asked), 2)
     finally:
         for name, function in kept.items():
             setattr(dist, name, function)
@@ -79,7 +81,7 @@ def test_a_rank_holds_its_shard_and_the_delta_alone(gpt2_base, ranks2, tmp_path)
 
 def count_layer_passes(ranks, job: str, checkpointing: str) -> int:
     from pipeline.job.read import read_job
-    from pipeline.run import open_session
+    from pipeline.session import open_session
     from pipeline.screen import Screen
     from pipeline.tasks.batch import collate
     from pipeline.train.step import Stepper
@@ -88,8 +90,8 @@ def count_layer_passes(ranks, job: str, checkpointing: str) -> int:
     session = open_session(asked, ranks, Screen(io.StringIO(), shown=False))
     passes = []
     session.root.model.transformer.h[0].attn.register_forward_hook(lambda *_: passes.append(1))
-    sequences, _ = session.training_sequences()
-    Stepper(session.engine, session.root, session.delta, asked.train, fp16=False)(
+    sequences = session.training_set().sequences
+    Stepper(session.engine, session.root, session.delta, asked.train, ranks, fp16=False)(
         0, [collate(sequences[:4], [0, 1, 2, 3], True, ranks.device)], 100, 0.01
     )
     assert all(float(t.grad.abs().sum()) > 0 for name, t in session.delta.tensors().items() if name.endswith(".b")), "the first layer too"
