@@ -67,7 +67,6 @@ def as_rank(
         if as_json and ranks.first:
             print(json.dumps(answer), file=out)
         ranks.watch.at("done")
-        ranks.watch.stop()
         leave_ranks()
     except JobError as error:
         code = fail(f"error: {error}", JOB_ERROR)
@@ -83,6 +82,8 @@ def as_rank(
             fail(f"Stopped by {stop.signal} before the first step; nothing is lost. Run again to continue.", code)
     except Exception as error:
         code = _unforeseen(error, run, rank, ranks, fail)
+    if ranks is not None:
+        ranks.watch.stop()
     for stream in (out, terminal, sys.stdout, sys.stderr):
         stream.flush()
     # Not sys.exit: after a failure the other ranks may wait in a collective, and the interpreter's clean-up would wait with them.

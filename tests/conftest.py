@@ -33,7 +33,7 @@ def _pool(count):
     return pool
 
 
-ranks1, ranks2, ranks3 = _pool(1), _pool(2), _pool(3)
+ranks1, ranks2, ranks3, ranks4 = _pool(1), _pool(2), _pool(3), _pool(4)
 
 
 @pytest.fixture(scope="session")

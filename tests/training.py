@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from pipeline.job.errors import Stopped
 from pipeline.job.read import read_job
 from pipeline.run import train
 from pipeline.screen import Screen
@@ -77,13 +78,41 @@ def write_job(folder: Path, base: Path, name: str = "job.toml") -> Path:
     return job
 
 
-def train_here(ranks, job: str, run: str, overrides: tuple[str, ...]) -> None:
-    """On a rank of a pool."""
-    train(read_job(Path(job), overrides), Path(run), ranks, Screen(io.StringIO(), shown=False))
+def train_here(ranks, job: str, run: str, overrides: tuple[str, ...], **options) -> str:
+    """On a rank of a pool; returns what the screen showed."""
+    shown = io.StringIO()
+    train(read_job(Path(job), overrides), Path(run), ranks, Screen(shown, shown=ranks.first), **options)
+    return shown.getvalue()
+
+
+def train_until(ranks, job: str, run: str, overrides: tuple[str, ...], step: int, asked_rank: int = 0, **options) -> str:
+    """On a rank of a pool: one rank is asked to stop while it takes `step`, counted from 1. Returns the message."""
+    from pipeline.train import step as steps
+
+    real = steps.Stepper.__call__
+
+    def taken(self, number, *arguments):
+        if number + 1 == step and ranks.rank == asked_rank:
+            ranks.stop.signal = "SIGTERM"
+        return real(self, number, *arguments)
+
+    steps.Stepper.__call__ = taken
+    try:
+        train_here(ranks, job, run, overrides, **options)
+    except Stopped as stopped:
+        return str(stopped)
+    finally:
+        steps.Stepper.__call__, ranks.stop.signal = real, None
+    raise AssertionError("it was not stopped")
 
 
 def trained(pool, job: Path, run: Path, *overrides: str) -> Trained:
     """Trains on a pool and reads back what the run folder says."""
     pool.run(train_here, str(job), str(run), overrides)
+    return read_run(run)
+
+
+def read_run(run: Path) -> Trained:
+    """What a run folder says."""
     steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     return Trained([row["loss"] for row in steps], steps, load_file(run / "delta" / "adapter_model.safetensors"))

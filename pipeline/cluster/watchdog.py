@@ -84,9 +84,8 @@ class Watchdog:
 
     def _watch(self, logs: Path, ranks: int, timeout_s: float, on_timeout: Callable[[str], None]) -> None:
         beat_s = min(_BEAT_S, timeout_s / 4)
-        written = None
+        written, ending = None, False
         while True:
-            ending = self._ended.wait(beat_s)
             place = Place(self._rank, platform.node(), os.getpid(), self._step, self._phase, self._since)
             if place != written:
                 _write(logs, place)
@@ -99,6 +98,7 @@ class Watchdog:
                 faulthandler.dump_traceback(2)  # this rank's log
                 on_timeout(_report(logs, ranks, timeout_s, place))
                 return
+            ending = self._ended.wait(beat_s)
 
 
 def _write(logs: Path, place: Place) -> None:

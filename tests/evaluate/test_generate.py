@@ -21,8 +21,8 @@ PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe Mill high cheap", "p
 def generate_on_ranks(ranks, job: str, prompts: list[str], batch: int) -> list[list[int]]:
     from pipeline.evaluate.generate import generate_greedy
     from pipeline.job.read import read_job
-    from pipeline.session import open_session
     from pipeline.screen import Screen
+    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
     session.root.eval()
@@ -48,8 +48,8 @@ def test_every_rank_has_transformers_own_texts(base, batch, request, ranks2, tmp
 def score_on_ranks(ranks, job: str, overrides: tuple[str, ...]) -> dict:
     """Scores the training file, which a test has written, as a split."""
     from pipeline.job.read import read_job
-    from pipeline.session import open_session
     from pipeline.screen import Screen
+    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job), overrides), ranks, Screen(io.StringIO(), shown=False))
     data = session.evaluation("train")

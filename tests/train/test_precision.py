@@ -63,7 +63,8 @@ def test_steps_out_of_range_are_skipped_counted_and_harmless(job, ranks2, tmp_pa
 
 
 def test_divergence_stops_the_run_and_says_what_to_do(job, ranks2, tmp_path):
-    with pytest.raises(RankError, match=r"Diverged: step \d+: the gradient is not finite .* Lower train.learning_rate"):
+    said = r"Diverged: step \d+: the loss is nan; so it was first in step 2 \(.*train.jsonl:\d+.* lower train.learning_rate"
+    with pytest.raises(RankError, match=said):
         trained(ranks2, job, tmp_path / "run", "train.learning_rate=1e30", "train.clip_norm=0")
 
 
