@@ -35,18 +35,24 @@ def as_rank(
         training: the body trains: the run folder is held, signals are requests to stop, the watchdog watches.
     """
     die_with_parent()
-    stop = StopRequest()
-    if training is None:
-        # By way of an exception, so that a half-written file is removed on the way out.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    else:
-        stop.listen(training.stop_signals)
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     out, terminal, code, ranks = sys.stdout, sys.stderr, 0, None
 
     def fail(message: str, exit_code: int, echo: bool = False) -> int:
         report_failure(message, exit_code, terminal, echo)
         return exit_code
+
+    def stop_at_once(name: str) -> None:
+        if rank == 0:
+            fail(f"Stopped by {name} before the first step; nothing is lost. Run again to continue.", STOPPED)
+        os._exit(STOPPED)
+
+    stop = StopRequest()
+    if training is None:
+        # By way of an exception, so that a half-written file is removed on the way out.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    else:
+        stop.listen(training.stop_signals, stop_at_once)
 
     try:
         # First of all, and for the life of the process: nobody else's files are touched without it.
@@ -78,8 +84,6 @@ def as_rank(
             fail(f"diverged: {error}" if diverged else str(error), code)
     except SystemExit as request:
         code = int(request.code or 0)
-        if code == STOPPED and rank == 0:
-            fail(f"Stopped by {stop.signal} before the first step; nothing is lost. Run again to continue.", code)
     except Exception as error:
         code = _unforeseen(error, run, rank, ranks, fail)
     if ranks is not None:

@@ -56,6 +56,8 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     if held_out is None:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
     progress = start.progress
+    # From here on somebody looks for requests to stop, and there may be something half-written.
+    ranks.stop.can_wait = True
     with Writer(session, run, course, data.files, stepper, start, state) as writer, screen.training(course.steps, progress.step) as bar:
 
         def score_if_due(step: int) -> None:
@@ -65,8 +67,6 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
             writer.scored(step, scores)
             show_scores(screen, f"{scores.split} after {step} steps" if step else f"{scores.split} before training", scores)
 
-        # From here on somebody looks for requests to stop, and there may be something to save.
-        ranks.stop.can_wait = True
         try:
             if not start.scored:
                 score_if_due(progress.step)

@@ -120,14 +120,17 @@ def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...
     folder = Path(tempfile.mkdtemp(prefix="zlora-"))
     children: list[subprocess.Popen[bytes]] = []
     try:
+        # A rank starts with the requests held back, so that none ends it before it is able to answer.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in {*stop_signals, "SIGINT"} if stop_signals])
         for rank in range(count):
             command = [sys.executable, "-c", PROGRAM, *arguments]
             environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+        if stop_signals:
+            _pass_on(stop_signals, children)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
-            if stop_signals:
-                _pass_on(stop_signals, children)
             while not (folder / _STARTED).exists() and all(child.poll() is None for child in children):
                 time.sleep(_POLL_S)
         return _watch(children, folder)

@@ -5,9 +5,10 @@ A rank that acted on a signal alone would leave the others waiting in a collecti
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
-from types import FrameType
+import threading
+from collections.abc import Callable
 
 STOPPED = 75
 """Exit code: ended early on request, everything saved (EX_TEMPFAIL, which batch systems take for "again, please")."""
@@ -20,18 +21,31 @@ class StopRequest:
         self.signal: str | None = None
         """The first signal that came."""
         self.can_wait = False
-        """Between steps somebody looks at `asked`. Until then, nothing is there to be saved and a signal ends the process."""
+        """Between steps somebody looks at `asked`. Until then there is nothing to save, and a signal ends the process."""
 
     @property
     def asked(self) -> bool:
         return self.signal is not None
 
-    def listen(self, names: tuple[str, ...]) -> None:
-        """Takes the named signals and SIGINT for requests."""
-        for name in {*names, "SIGINT"}:
-            signal.signal(signal.Signals[name], self._on_signal)
+    def listen(self, names: tuple[str, ...], at_once: Callable[[str], None]) -> None:
+        """Takes the named signals and SIGINT for requests; those that came since the launcher held them back, too.
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number).name
-        if not self.can_wait:
-            sys.exit(STOPPED)
+        Args:
+            at_once: is handed the signal's name while nothing can wait, in another thread, and ends the process.
+        """
+        numbers = [signal.Signals[name] for name in {*names, "SIGINT"}]
+        # A handler in Python would wait for the main thread, which may be waiting for other ranks; a byte in a pipe does not.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._read, args=(reading, at_once), name="stop requests", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def _read(self, pipe: int, at_once: Callable[[str], None]) -> None:
+        while number := os.read(pipe, 1):
+            name = signal.Signals(number[0]).name
+            self.signal = self.signal or name
+            if not self.can_wait:
+                at_once(name)

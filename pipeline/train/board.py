@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +49,40 @@ class Board:
         """The newest step's row."""
         if file.exists():
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        self._metrics = file.open("a", encoding="utf-8", buffering=1)
+        # Unbuffered: a row is in the file or refused, never left for later.
+        self._file, self._metrics = file, file.open("ab", buffering=0)
         # TensorBoard too forgets what came after.
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
+        self._folder = run / "tensorboard"
+        with _named(self._folder):
+            self._events = SummaryWriter(str(self._folder), purge_step=after + 1)
 
     def close(self) -> None:
         self._metrics.close()
-        self._events.close()
+        with _named(self._folder):
+            self._events.close()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One step's values; `step` counts from 1."""
         self.last = {"step": step, **values}
         self._record(self.last)
-        for key, tag in _TAGS.items():
-            self._events.add_scalar(tag, values[key], step)
+        with _named(self._folder):
+            for key, tag in _TAGS.items():
+                self._events.add_scalar(tag, values[key], step)
 
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
         self._record({"step": step, "split": split, **metrics})
         self.evaluated[step, split] = metrics
-        for key, value in metrics.items():
-            self._events.add_scalar(f"{split}/{key}", value, step)
-        self._events.add_text(f"{split}/samples", samples, step)
+        with _named(self._folder):
+            for key, value in metrics.items():
+                self._events.add_scalar(f"{split}/{key}", value, step)
+            self._events.add_text(f"{split}/samples", samples, step)
 
     def saved(self, step: int, stall_s: float, waited_s: float) -> None:
         """A state was taken: training stood still for `stall_s`, of which `waited_s` for the write before."""
         self._record({"step": step, "save_stall_s": stall_s, "save_waited_s": waited_s})
-        self._events.add_scalar("speed/save_stall_s", stall_s, step)
+        with _named(self._folder):
+            self._events.add_scalar("speed/save_stall_s", stall_s, step)
 
     def sync(self) -> None:
         """Has the rows on disk: a state must not be there before the steps that led to it."""
@@ -81,10 +91,23 @@ class Board:
     def _record(self, row: dict[str, float | str]) -> None:
         # JSON has no infinity and no NaN; a skipped step's gradient norm is one of them.
         plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        self._metrics.write(json.dumps(plain) + "\n")
+        line = json.dumps(plain).encode() + b"\n"
+        with _named(self._file):
+            if self._metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def text(self, tag: str, text: str) -> None:
-        self._events.add_text(tag, text)
+        with _named(self._folder):
+            self._events.add_text(tag, text)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which file it was that the system refused."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

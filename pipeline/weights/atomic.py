@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,9 +27,9 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
         partial.chmod(0o644)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise _of(path, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,9 +76,16 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         else:
             partial.replace(folder)
         _fsync(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise _of(folder, error) from None
+
+
+def _of(path: Path, error: BaseException) -> BaseException:
+    """A full disk is told by the name a person knows, not by the temporary one."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(error.errno, os.strerror(error.errno), str(path))
+    return error
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise AssertionError(f"refusing to write empty tensors: {empty[0]}")
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # how the library tells of a full disk
-        raise OSError(errno.ENOSPC, str(error), str(file.parent)) from None
+    except SafetensorError:  # how the library tells of a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,94 @@
+"""Lives of a training run: real rank processes that a test may kill at any moment, started quickly.
+
+A fork server has torch and DeepSpeed loaded; each life forks its ranks from it. They are what the launcher would have started
+(`as_rank`: lock, signals, watchdog, logs, exit codes), but for the seconds of imports.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.life_imports"])
+
+
+def _start_server() -> None:
+    """The server looks for what it loads in PYTHONPATH alone, and says nothing when it does not find it."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(_ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+class Life:
+    """A run of `zlora train JOB --run RUN` on `count` ranks of its own."""
+
+    def __init__(self, job: Path, run: Path, overrides: tuple[str, ...] = (), count: int = 2, slow_disk_s: float = 0.0) -> None:
+        _start_server()
+        self._folder = tempfile.TemporaryDirectory(prefix="zlora-life-")
+        self.said = Path(self._folder.name) / "said.txt"
+        arguments = (str(job), str(run), overrides, count, self._folder.name, slow_disk_s)
+        self.ranks = [_CONTEXT.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(count)]
+        for process in self.ranks:
+            process.start()
+
+    def kill(self, rank: int) -> None:
+        self.ranks[rank].kill()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.ranks[rank].pid, number)
+
+    @property
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.ranks)
+
+    def end(self, timeout_s: float = 60.0) -> list[int]:
+        """Waits for all ranks; returns their exit codes, negative where a signal ended one. What is left then is killed."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self.ranks:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.ranks]
+
+
+def _rank(rank: int, job: str, run: str, overrides: tuple[str, ...], count: int, folder: str, slow_disk_s: float) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        ZLORA_RENDEZVOUS=f"file://{folder}/rendezvous",
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    said = os.open(Path(folder) / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    from pipeline.job.read import read_job
+    from pipeline.rank import as_rank
+    from pipeline.run import train
+
+    asked = read_job(Path(job), overrides)
+    if slow_disk_s:
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            time.sleep(slow_disk_s)
+            real(descriptor)
+
+        os.fsync = fsync
+    as_rank(Path(run), lambda ranks, screen: train(asked, Path(run), ranks, screen), training=asked.train)
