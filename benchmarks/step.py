@@ -105,7 +105,7 @@ def run_theirs(scratch: Path, base: Path, ranks: int, steps: int) -> float:
     out = scratch / "seconds.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     start([*torchrun, HERE / "step_peer.py", base, DATA, CONFIG, steps, EXAMPLES // ranks, out])
-    return median(json.loads(out.read_text())[WARM_UP:])
+    return median(json.loads(out.read_text())["steps"][WARM_UP:])
 
 
 def start(words: list[object]) -> None:

@@ -1,6 +1,6 @@
-"""One rank of the peer of `step.py`: PEFT + transformers' Trainer + DeepSpeed ZeRO-3, as its users write it.
+"""One rank of the peer of `step.py` and `save.py`: PEFT + transformers' Trainer + DeepSpeed ZeRO-3, as its users write it.
 
-torchrun --nproc-per-node=2 benchmarks/step_peer.py BASE DATA CONFIG STEPS EXAMPLES_A_RANK OUT
+torchrun --nproc-per-node=2 benchmarks/step_peer.py BASE DATA CONFIG STEPS EXAMPLES_A_RANK OUT [SAVE_STEPS]
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """Seconds of every optimizer step, and of every save."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.saves: list[float] = []
 
     def on_step_begin(self, *_: object, **__: object) -> None:
         self._start = time.perf_counter()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self._end = time.perf_counter()
+        self.seconds.append(self._end - self._start)
+
+    def on_save(self, *_: object, **__: object) -> None:
+        self.saves.append(time.perf_counter() - self._end)
 
 
 def main() -> None:
-    base, data, config, steps, examples, out = sys.argv[1:]
+    base, data, config, steps, examples, out, *save_steps = sys.argv[1:]
     arguments = TrainingArguments(
         output_dir=f"{out}.trainer",
         use_cpu=True,
@@ -37,7 +42,8 @@ def main() -> None:
         max_steps=int(steps),
         learning_rate=1e-3,
         report_to=[],
-        save_strategy="no",
+        save_strategy="steps" if save_steps else "no",
+        save_steps=int(save_steps[0]) if save_steps else 500,
         logging_strategy="no",
         disable_tqdm=True,
         seed=1,
@@ -65,7 +71,7 @@ def main() -> None:
     clock = Clock()
     Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=pad, callbacks=[clock]).train()
     if arguments.process_index == 0:
-        Path(out).write_text(json.dumps(clock.seconds))
+        Path(out).write_text(json.dumps({"steps": clock.seconds, "saves": clock.saves}))
 
 
 if __name__ == "__main__":

@@ -161,8 +161,7 @@ def test_a_run_folder_that_is_taken_is_refused_and_untouched(refused, tmp_path):
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}\n")
     error = refused("train", "job.toml")
-    assert "runs/job: holds an earlier run" in error
-    assert "--fresh" in error
+    assert "runs/job: is not a run folder" in error
     (tmp_path / "file").write_text("")
     assert "file: is a file" in refused("train", "job.toml", "--run", "file")
 

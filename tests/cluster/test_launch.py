@@ -164,6 +164,40 @@ def test_the_ranks_exit_code_is_passed_on(run, capfd, code):
     assert capfd.readouterr().err == "words\n"
 
 
+def test_ranks_that_stop_on_request_are_waited_for(run, tmp_path, capfd):
+    # The first rank still writes when the second is gone.
+    first = f"together(2, 1.0); (out / 'saved').touch(); {say('Stopped.', 75)}"
+    assert run(by_rank(first, f"{FIRST}; os._exit(75)"), 2)[0] == 75
+    assert (tmp_path / "saved").exists()
+    assert capfd.readouterr().err == "Stopped.\n"
+
+
+def test_a_failure_while_stopping_is_the_failure(run, capfd):
+    assert run(by_rank(f"{SECOND}; {say('error: disk full', 2)}", f"{FIRST}; os._exit(75)"), 2)[0] == 2
+    assert capfd.readouterr().err == "error: disk full\n"
+
+
+def test_what_a_rank_says_of_its_lost_peer_is_not_the_cause(run, capfd):
+    echo = "report_failure('rank 0 lost the other ranks', 76, sys.stderr, True); os._exit(76)"
+    assert run(by_rank(f"{FIRST}; {echo}", f"{SECOND}; {say('rank 1 failed: KeyError(3)', 1)}"), 2)[0] == 1
+    assert capfd.readouterr().err == "rank 1 failed: KeyError(3)\n"
+
+
+def test_requests_that_come_while_a_rank_starts_are_kept_for_it(tmp_path):
+    code = (
+        f"{WRITE_PID}\nwhile not (out / 'go').exists(): time.sleep(0.05)\n"
+        f"from pipeline.cluster.stop import StopRequest\nStopRequest().listen(('SIGTERM',), lambda name: os._exit(75))\n{SLEEP}"
+    )
+    process = start_launcher(tmp_path, code, "('SIGTERM',)")
+    ranks = pids(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert all(map(alive, ranks))
+    (tmp_path / "go").touch()
+    error = process.communicate(timeout=15)[1]
+    assert (process.returncode, error) == (75, "Rank 0 was asked to stop. Run again to continue.\n")
+
+
 def test_a_rank_that_ends_without_a_word_is_named(run, capfd):
     assert run(by_rank(SLEEP, "os._exit(3)"), 2)[0] == 3
     assert "rank 1 ended with exit code 3" in capfd.readouterr().err
@@ -179,16 +213,16 @@ LAUNCHER = """
 import sys
 from pipeline.cluster.launch import launch
 sys.executable = {program!r}
-sys.exit(launch([{code!r}], 2))
+sys.exit(launch([{code!r}], 2, {signals}))
 """
 
 
-def start_launcher(tmp_path, code):
+def start_launcher(tmp_path, code, signals="()"):
     program = tmp_path / "rank"
     program.write_text(RANK.format(python=sys.executable))
     program.chmod(0o755)
     environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
-    text = LAUNCHER.format(program=str(program), code=code)
+    text = LAUNCHER.format(program=str(program), code=code, signals=signals)
     return subprocess.Popen([sys.executable, "-c", text], env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -57,7 +57,7 @@ def test_a_person_sees_what_matters_and_no_noise(place):
 def test_the_run_folder_has_everything(place):
     run = place / "runs" / "job"
     assert {p.name for p in run.iterdir()} == {
-        "job.toml", "metrics.jsonl", "tensorboard", "delta", "predictions", "result.json", "environment.json", "logs",
+        "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "predictions", "result.json", "environment.json", "logs", ".lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
@@ -74,7 +74,8 @@ def test_the_run_folder_has_everything(place):
     }
     assert all(needed <= row.keys() for row in steps)
     assert [row["step"] for row in rows if row.get("split") == "valid"] == [0, 2, 4]
-    assert sorted(p.name for p in (run / "logs").iterdir()) == ["rank0.txt", "rank1.txt"]
+    assert sorted(p.name for p in (run / "logs").iterdir()) == ["rank0.json", "rank0.txt", "rank1.json", "rank1.txt"]
+    assert json.loads((run / "logs" / "rank1.json").read_text())["phase"] == "done"
     assert sorted(p.name for p in (run / "predictions").iterdir()) == [f"valid-{n:06d}.jsonl" for n in (0, 2, 4)]
     assert json.loads((run / "result.json").read_text())["valid"].keys() == {"perplexity", "bleu"}
 
@@ -116,11 +117,21 @@ def test_merge_prints_one_object_and_the_folder_loads(place, gpt2_base):
     assert not torch.equal(merged.transformer.h[0].attn.c_attn.weight, base.transformer.h[0].attn.c_attn.weight)
 
 
-def test_an_earlier_run_is_kept_unless_told(place):
+def test_a_finished_run_is_kept_and_told_how_to_go_on(place):
+    before = {path: path.read_bytes() for path in (place / "runs" / "job").rglob("*") if path.is_file() and "logs" not in path.parts}
+    done = zlora("train", "job.toml", "--ranks", "2", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "this run is finished: set train.epochs or train.steps higher to go on, or use --fresh to begin again" in done.stdout
+    after = {path: path.read_bytes() for path in before}
+    del before[place / "runs" / "job" / ".lock"], after[place / "runs" / "job" / ".lock"]
+    assert after == before
+
+
+def test_another_job_does_not_touch_the_run(place):
     before = (place / "runs" / "job" / "metrics.jsonl").read_bytes()
-    done = zlora("train", "job.toml", cwd=place)
+    done = zlora("train", "job.toml", "--set", "methods.0.rank=5", cwd=place)
     assert done.returncode == 2
-    assert "--fresh" in done.stderr
+    assert re.fullmatch(r"error: runs/job: holds a run of another job: methods\[0\].rank 3 -> 5\. .*--fresh.*\n", done.stderr)
     assert (place / "runs" / "job" / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,80 @@
+"""What a save costs: how long training stands still, and bytes on disk; `zlora train` beside PEFT + Trainer + DeepSpeed ZeRO-3.
+
+    python benchmarks/save.py [--ranks 2] [--rounds 3] [--record FILE]
+
+Base, data, ranks and memory configuration are those of `step.py`. Each way takes 20 steps and saves after every fifth, in turn;
+printed are the median seconds between the end of a step and the beginning of the next, and the bytes of one checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from machine import origin
+from rich.console import Console
+from rich.table import Table
+from step import CONFIG, DATA, EXAMPLES, HERE, JOB, make_base, start
+
+STEPS, EVERY = 20, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="also write the results to this Markdown file")
+    asked = parser.parse_args()
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
+        base = make_base(Path(scratch) / "base")
+        rounds = []
+        for turn in range(1, asked.rounds + 1):
+            folder = Path(scratch) / str(turn)
+            folder.mkdir()
+            ours, our_bytes = run_ours(folder, base, asked.ranks)
+            theirs, their_bytes = run_theirs(folder, base, asked.ranks)
+            rounds.append((ours, theirs))
+            console.print(f"round {turn}: ours {1000 * ours:.1f} ms, PEFT + Trainer {1000 * theirs:.0f} ms a save")
+    heads = ("round", "ours ms/save", "PEFT + Trainer ms/save", "ratio")
+    table = Table(*heads, title="Training stands still for a save", title_justify="left")
+    cells = [[str(n), f"{1000 * ours:.1f}", f"{1000 * theirs:.0f}", f"{theirs / ours:.0f}"] for n, (ours, theirs) in enumerate(rounds, 1)]
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+    ratio = f"median ratio of {asked.rounds} paired rounds: {median(theirs / ours for ours, theirs in rounds):.0f}"
+    size = f"bytes of one checkpoint: ours {our_bytes / 1e6:.2f} MB (state and delta), theirs {their_bytes / 1e6:.2f} MB"
+    console.print(f"{ratio}\n{size}")
+    if asked.record:
+        rows = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * 4, *cells)]
+        head = ["# A save: ours beside PEFT + Trainer", "", *origin("save.py", "torch", "deepspeed", "transformers", "peft"), ""]
+        asked.record.write_text("\n".join([*head, *rows, "", ratio, "", size, ""]), encoding="utf-8")
+
+
+def run_ours(folder: Path, base: Path, ranks: int) -> tuple[float, int]:
+    job, run = folder / "job.toml", folder / "run"
+    job.write_text(JOB.format(base=base, data=DATA, steps=STEPS, examples=EXAMPLES) + f"save_every_steps = {EVERY}\n")
+    start([sys.executable, "-m", "pipeline", "train", job, "--run", run, "--ranks", ranks])
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    state = max((run / "state").iterdir())
+    return median(row["save_stall_s"] for row in rows if "save_stall_s" in row), size_of(state) + size_of(run / "delta")
+
+
+def run_theirs(folder: Path, base: Path, ranks: int) -> tuple[float, int]:
+    out = folder / "seconds.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    start([*torchrun, HERE / "step_peer.py", base, DATA, CONFIG, STEPS, EXAMPLES // ranks, out, EVERY])
+    checkpoint = Path(f"{out}.trainer") / f"checkpoint-{STEPS}"
+    return median(json.loads(out.read_text())["saves"]), size_of(checkpoint)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Which keys of a job may differ when a run goes on. Every key has a verdict on purpose: a new one fails here until it is decided."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.job.changes import Verdict, _flat, _verdict, changes, refuse_changes
+from pipeline.job.errors import JobError
+from pipeline.job.spec import Job
+
+FREE = {
+    "base.model", "base.revision", "task.data", "task.valid", "task.test",
+    "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
+    "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
+    "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
+    "evaluate.batch_prompts", "memory.config", "memory.gradient_checkpointing",
+}  # fmt: skip
+DELIBERATE = {
+    "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
+    "train.weight_decay", "train.adam_betas", "train.adam_eps", "train.clip_norm", "train.label_smoothing", "train.dropout",
+}  # fmt: skip
+NEVER = {
+    "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.separator",
+    "task.too_long", "train.batch_examples", "train.max_tokens", "train.seed",
+}  # fmt: skip
+
+
+def job(**changed):
+    sections = {"base": {"model": "gpt2"}, "methods": [{"kind": "lora"}], "task": {"kind": "jsonl", "data": "d"}, "train": {}}
+    for path, value in changed.items():
+        section, key = path.split("__")
+        place = sections[section][0] if section == "methods" else sections.setdefault(section, {})
+        place[key] = value
+    return Job.model_validate(sections)
+
+
+def test_every_key_has_the_verdict_it_was_given():
+    keys = set(_flat("", job().model_dump(mode="json")))
+    assert keys == FREE | DELIBERATE | NEVER
+    for verdict, group in ((Verdict.FREE, FREE), (Verdict.DELIBERATE, DELIBERATE), (Verdict.NEVER, NEVER)):
+        assert {key for key in keys if _verdict(key) is verdict} == group
+    assert _verdict("a.key.of.tomorrow") is Verdict.NEVER
+
+
+def test_equal_jobs_have_no_changes():
+    assert changes(job(), job()) == []
+
+
+def test_free_changes_are_listed_and_allowed():
+    found = changes(job(train__epochs=2.0), job(train__epochs=3.0, evaluate__every_steps=5))
+    assert [str(change) for change in found] == ["train.epochs 2.0 -> 3.0", "evaluate.every_steps (absent) -> 5"]
+    refuse_changes(found, "runs/x", accept=False)
+
+
+def test_a_change_of_course_must_be_meant():
+    found = changes(job(), job(train__learning_rate=1.0, train__steps=5))
+    with pytest.raises(JobError, match=r"^runs/x: .*: train.learning_rate 0.0002 -> 1.0\. .*--accept-changes"):
+        refuse_changes(found, "runs/x", accept=False)
+    refuse_changes(found, "runs/x", accept=True)
+
+
+def test_another_methods_state_does_not_fit_whatever_is_accepted():
+    found = changes(job(), job(methods__rank=4, methods__dropout=0.5, train__seed=9))
+    with pytest.raises(JobError, match=r"methods\[0\].rank 8 -> 4; train.seed 1 -> 9\. .*--fresh"):
+        refuse_changes(found, "runs/x", accept=True)
+
+
+def test_a_method_more_is_a_change():
+    two = job().model_copy(update={"methods": job().methods * 2})
+    assert {change.key for change in changes(job(), two)} >= {"methods[1].kind", "methods[1].rank"}
