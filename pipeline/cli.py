@@ -77,7 +77,7 @@ def train(
 
     Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
     """
-    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch, restarted
+    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
     from pipeline.job.read import read_job
     from pipeline.run_folder import refuse_foreign, remove_if_empty_handed
 
@@ -94,8 +94,7 @@ def train(
     def body(joined: Ranks, screen: Screen) -> None:
         from pipeline.run import train as train_here
 
-        # Requeued, the command is the same, and the run that --fresh was to replace is long gone.
-        train_here(asked, folder, joined, screen, fresh and not restarted(), accept_changes)
+        train_here(asked, folder, joined, screen, fresh, accept_changes)
 
     as_rank(folder, body, training=asked.train)
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.cluster.launch import DIVERGED, JOB_ERROR, RANK_FAILED, die_with_parent, report_failure, report_start
+from pipeline.cluster.launch import DIVERGED, JOB_ERROR, die_with_parent, report_failure, report_start
 from pipeline.cluster.stop import STOPPED, StopRequest
+from pipeline.cluster.watchdog import RANK_FAILED, Watchdog
 from pipeline.job.errors import Diverged, JobError, Stopped, of_system
 from pipeline.run_folder import LOGS, Hold
 from pipeline.screen import Screen, take_terminal
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.train.engine import Ranks
 
 _PATIENCE_S = 1800.0
+_LEASE_S = 120.0
+"""For which a file server may hold the lock of a machine that died: NFS waits 90 s."""
 
 
 def as_rank(
@@ -36,7 +39,7 @@ def as_rank(
     """
     die_with_parent()
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    out, terminal, code, ranks = sys.stdout, sys.stderr, 0, None
+    out, terminal, code, watch = sys.stdout, sys.stderr, 0, Watchdog(rank)
 
     def fail(message: str, exit_code: int, echo: bool = False) -> int:
         report_failure(message, exit_code, terminal, echo)
@@ -56,14 +59,15 @@ def as_rank(
 
     try:
         # First of all, and for the life of the process: nobody else's files are touched without it.
-        hold = Hold(run) if training and rank == 0 else None
+        hold = Hold(run, _LEASE_S) if training and rank == 0 else None
         out, terminal = take_terminal(run / LOGS, rank)
         # Only now: libraries print while they are imported.
         from pipeline.train.engine import join_ranks, leave_ranks
 
-        ranks = join_ranks(training.timeout_s if training else _PATIENCE_S, stop)
+        watch.at("waiting for the other ranks")
         if training:
-            ranks.watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
+            watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
+        ranks = join_ranks(training.timeout_s if training else _PATIENCE_S, stop, watch)
         if ranks.first:
             report_start()
         screen = Screen(terminal if as_json else out, shown=ranks.first)
@@ -72,10 +76,12 @@ def as_rank(
         answer = body(ranks, screen)
         if as_json and ranks.first:
             print(json.dumps(answer), file=out)
-        ranks.watch.at("done")
+        watch.at("done")
         leave_ranks()
     except JobError as error:
-        code = fail(f"error: {error}", JOB_ERROR)
+        code = JOB_ERROR
+        if rank == 0 or not error.everywhere:
+            fail(f"error: {error}", code)
     except (Diverged, Stopped) as error:
         # All ranks raise it together; one says so.
         diverged = isinstance(error, Diverged)
@@ -85,29 +91,25 @@ def as_rank(
     except SystemExit as request:
         code = int(request.code or 0)
     except Exception as error:
-        code = _unforeseen(error, run, rank, ranks, fail)
-    if ranks is not None:
-        ranks.watch.stop()
+        code = _unforeseen(error, run, rank, watch, fail)
+    watch.stop()
     for stream in (out, terminal, sys.stdout, sys.stderr):
         stream.flush()
     # Not sys.exit: after a failure the other ranks may wait in a collective, and the interpreter's clean-up would wait with them.
     os._exit(code)
 
 
-def _unforeseen(error: Exception, run: Path, rank: int, ranks: Ranks | None, fail: Callable[..., int]) -> int:
+def _unforeseen(error: Exception, run: Path, rank: int, watch: Watchdog, fail: Callable[..., int]) -> int:
     """What the system refuses, a lost peer, or our bug: the person gets it in a line or two, the log has it whole."""
     if isinstance(error, OSError) and (text := of_system(error)):
         return fail(f"error: {text}", JOB_ERROR)
     traceback.print_exc()
     log = run / LOGS / f"rank{rank}.txt"
-    if ranks is not None:
-        from pipeline.train.engine import lost_peer
+    from pipeline.train.engine import lost_peer
 
-        if lost_peer(error):
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            return fail(
-                f"rank {rank} lost the other ranks ({ranks.watch.place}): {reason}\nRun again to continue; more is in {log}",
-                RANK_FAILED,
-                True,
-            )
+    if lost_peer(error):
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        return fail(
+            f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; more is in {log}", RANK_FAILED, True
+        )
     return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; the whole story is in {log}", 1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.launch import started_here
 from pipeline.evaluate.score import Scores
 from pipeline.job.spec import Job
 from pipeline.methods.attach import Delta
@@ -69,7 +70,8 @@ def stopped_text(step: int, steps: int, cause: str | None) -> str:
     """What a person reads when training has stopped on request."""
     why = {"SIGINT": " by Ctrl-C", None: ""}.get(cause, f" by {cause}")
     command = shlex.join(["zlora", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
-    return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved. To go on: {command}"
+    how = command if started_here() else "the same command again, without --fresh"
+    return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved. To go on: {how}"
 
 
 def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again: bool = False) -> None:
@@ -80,9 +82,9 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
     """
     revision = ["--revision", job.base.revision] if job.base.revision else []
     rows = [
-        ("time", f"{result['seconds']:.0f} s for {result['steps']:,} steps"),
-        ("loss", f"{result['loss']:.4f} at the last step"),
-        ("peak memory", f"{size_text(result['peak_memory_bytes'])} on the first rank"),
+        ("time", f"{result['seconds'] or 0:.0f} s for {result['steps']:,} steps"),
+        ("loss", "not finite at the last step" if result["loss"] is None else f"{result['loss']:.4f} at the last step"),
+        ("peak memory", f"{size_text(result['peak_memory_bytes'] or 0)} on the first rank"),
         ("delta", str(run / "delta")),
         ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(run / "tensorboard")])),
         ("score it", shlex.join(["zlora", "evaluate", str(run)])),

@@ -3,75 +3,114 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from pipeline.cluster.launch import batch_job, restarted
 from pipeline.job.changes import changes, refuse_changes
-from pipeline.job.read import job_digest, read_resolved
+from pipeline.job.errors import JobError
+from pipeline.job.read import job_digest, read_resolved, resolved
 from pipeline.job.spec import Job
 from pipeline.run_folder import begun
 from pipeline.screen import Screen
+from pipeline.tasks.fingerprint import refuse_changed
 from pipeline.train.board import read_rows
 from pipeline.train.engine import Ranks
-from pipeline.weights.delta import read_manifest
-from pipeline.weights.state import Progress, State, newest_state
+from pipeline.train.environment import started_by
+from pipeline.weights.delta import read_delta
+from pipeline.weights.state import DataFile, Progress, Record, newest_state
 
 
 @dataclass(frozen=True)
 class Start:
     """Where training starts, as every rank knows it."""
 
-    progress: Progress = field(default_factory=Progress)
     goes_on: bool = False
     """There is a run in the folder, perhaps without a state yet."""
-    from_state: bool = False
+    record: Record | None = None
+    """Of the state that it goes on from."""
     scored: bool = False
     """The scores due at this step are written down already."""
     delta_written: bool = False
-    """The delta of this step is in its place."""
+    """The delta of this step is in its place, and whole."""
     notes: tuple[tuple[str, str], ...] = ()
     """What a person should know, as rows of a table."""
     finished: dict[str, Any] | None = None
     """The result, where there is nothing left to do."""
 
+    @property
+    def progress(self) -> Progress:
+        return self.record.progress if self.record else Progress()
 
-def find_start(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool, accept_changes: bool) -> tuple[Start, State | None]:
-    """The start, and on the first rank the state that belongs to it.
+    def refuse_changed(self, base: str, base_config: str, data: tuple[DataFile, ...]) -> None:
+        """Raises:
+        JobError: on every rank; the base's configuration or the data are not those the run began with."""
+        if self.record is None:
+            return
+        if self.record.base_config != base_config:
+            raise JobError(
+                f"{base}: its config.json is not the one that the run began with. Put it back, or use --run for another folder.",
+                everywhere=True,
+            )
+        refuse_changed(self.record.data, data)
+
+
+def find_start(
+    job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool, accept_changes: bool
+) -> tuple[Start, dict[str, torch.Tensor] | None]:
+    """The start, and on the first rank the state's tensors.
 
     Raises:
-        JobError: the run's job is another, or none of its states is whole.
+        JobError: on every rank; the run's job is another, or none of its states is whole.
     """
-    told: list[Any] = [None]
-    state = None
+    told: list[Any] = [None, None]
+    tensors = None
     if ranks.first:
-        told[0], state = _decide(job, run, ranks, screen, accept_changes) if begun(run) and not fresh else (Start(), None)
+        try:
+            told[0], tensors = _decide(job, run, ranks, screen, accept_changes) if _goes_on(run, fresh) else (Start(), None)
+        except JobError as error:
+            told[1] = str(error)
     dist.broadcast_object_list(told)
-    return told[0], state
+    if told[1]:
+        raise JobError(told[1], everywhere=True)
+    return told[0], tensors
 
 
-def _decide(job: Job, run: Path, ranks: Ranks, screen: Screen, accept_changes: bool) -> tuple[Start, State | None]:
+def _goes_on(run: Path, fresh: bool) -> bool:
+    if not begun(run):
+        return False
+    # Started again by the batch system, the command is the same: it must not replace the run that it began itself.
+    return not fresh or (restarted() and batch_job() is not None and started_by(run) == batch_job())
+
+
+def _decide(job: Job, run: Path, ranks: Ranks, screen: Screen, accept_changes: bool) -> tuple[Start, dict[str, torch.Tensor] | None]:
     state = newest_state(run / "state", screen.print)
-    before = Job.model_validate(state.record.job) if state else read_resolved(run / "job.toml")
+    record = state.record if state else None
+    before = resolved(record.job, run / "state") if record else read_resolved(run / "job.toml")
     changed = changes(before, job) if before else []
     refuse_changes(changed, str(run), accept_changes)
-    if state is None:
-        return Start(goes_on=True, notes=(("goes on", "from the beginning: it ended before its first state"),)), None
-    progress, record = state.record.progress, state.record
+    step = record.progress.step if record else 0
+    scored = any(row.get("split") == job.evaluate.split and row["step"] == step for row in read_rows(run / "metrics.jsonl"))
+    if state is None or record is None:
+        note = ("goes on", "from the beginning: it ended before its first state")
+        return Start(goes_on=True, scored=scored, notes=(note,)), None
+    delta_written = _delta_step(run) == step
     result = _result(run, job)
-    delta_written = _delta_step(run) == progress.step
-    if result and result["steps"] == progress.step and delta_written:
-        return Start(finished=result), state
+    if result and result["steps"] == step and delta_written:
+        return Start(True, record, finished=result), None
     texts = [str(change) for change in changed]
     if record.ranks != ranks.count:
         texts.append(f"ranks {record.ranks} -> {ranks.count}")
         if job.train.dropout:
             texts.append("with the base's own dropout on, other ranks draw other masks, so the run goes on otherwise than it would have")
-    notes = [("goes on", f"after step {progress.step:,}")] + ([("changed", "; ".join(texts))] if texts else [])
-    scored = any(row.get("split") == job.evaluate.split and row["step"] == progress.step for row in read_rows(run / "metrics.jsonl"))
-    return Start(progress, True, True, scored, delta_written, tuple(notes)), state
+    if {"train.epochs", "train.steps"} & {change.key for change in changed} and job.train.schedule != "constant":
+        texts.append("the learning rate follows the schedule of the new length from here on")
+    notes = [("goes on", f"after step {step:,}")] + ([("changed", "; ".join(texts))] if texts else [])
+    return Start(True, record, scored, delta_written, tuple(notes)), state.tensors
 
 
 def _result(run: Path, job: Job) -> dict[str, Any] | None:
@@ -83,6 +122,8 @@ def _result(run: Path, job: Job) -> dict[str, Any] | None:
 
 
 def _delta_step(run: Path) -> int | None:
-    if not (run / "delta").is_dir():
+    """None where there is no delta, or a damaged one: the state has what it takes to write it again."""
+    try:
+        return read_delta(run / "delta")[0].step
+    except JobError:
         return None
-    return read_manifest(run / "delta").step

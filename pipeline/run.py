@@ -11,14 +11,13 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.evaluate.score import write_predictions
-from pipeline.job.errors import Stopped
+from pipeline.job.errors import Diverged, Stopped
 from pipeline.job.spec import Job, Split
 from pipeline.methods.files import restore
 from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
 from pipeline.screen import Screen
 from pipeline.session import open_session
-from pipeline.tasks.fingerprint import refuse_changed
 from pipeline.tasks.open import has_split
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, take_steps
@@ -38,27 +37,27 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
         Stopped: on request, after saving.
         Diverged: loss or gradient is not finite, several times in a row.
     """
-    start, state = find_start(job, run, ranks, screen, fresh, accept_changes)
+    start, tensors = find_start(job, run, ranks, screen, fresh, accept_changes)
     if start.finished:
         show_end(screen, run, job, start.finished, again=True)
         return
     session = open_session(job, ranks, screen)
     data = session.training_set()
+    start.refuse_changed(job.base.model, session.base_config, data.files)
     course = Course(data.sequences, data.sources, job.train, start.progress)
     course.refuse_impossible()
-    if state:
-        refuse_changed(state.record.data, data.files)
     held_out = session.evaluation(job.evaluate.split) if has_split(job.task, job.evaluate.split) else None
     stepper = Stepper(session.engine, session.root, session.delta, job.train, ranks, fp16=job.base.dtype == "fp16")
-    if start.from_state:
-        stepper.restore(state.tensors if state else None, start.progress)
+    if start.record:
+        stepper.restore(tensors, start.progress)
+        del tensors
     show_start(screen, run, job, session.base, session.delta, session.root, ranks, course, data.too_long, start.notes)
     if held_out is None:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
-    progress = start.progress
+    progress = good = start.progress
     # From here on somebody looks for requests to stop, and there may be something half-written.
     ranks.stop.can_wait = True
-    with Writer(session, run, course, data.files, stepper, start, state) as writer, screen.training(course.steps, progress.step) as bar:
+    with Writer(session, run, course, data.files, stepper, start) as writer, screen.training(course.steps, progress.step) as bar:
 
         def score_if_due(step: int) -> None:
             if held_out is None or not _scores_due(job, step, course.steps):
@@ -68,14 +67,18 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
             show_scores(screen, f"{scores.split} after {step} steps" if step else f"{scores.split} before training", scores)
 
         try:
+            if ranks.any(ranks.stop.asked)[0]:
+                raise StopAgreed
             if not start.scored:
                 score_if_due(progress.step)
             for taken in take_steps(course, stepper, ranks):
                 progress = taken.progress
                 writer.took(taken)
                 bar.update(progress.step, taken.values["loss"], taken.values["tokens"] / taken.values["step_s"])
-                if not taken.bad and _save_due(job, progress.step, course.steps):
-                    writer.save(progress)
+                if not taken.bad:
+                    good = progress
+                    if _save_due(job, progress.step, course.steps):
+                        writer.save(progress)
                 if taken.stop:
                     raise StopAgreed
                 score_if_due(progress.step)
@@ -83,6 +86,11 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
             writer.save(progress)
             writer.settle()
             raise Stopped(stopped_text(progress.step, course.steps, ranks.stop.signal)) from None
+        except Diverged:
+            # Bad steps have changed nothing, so what there is belongs to the last good one.
+            writer.save(good)
+            writer.settle()
+            raise
         writer.save(progress)
         result = writer.conclude()
     if ranks.first:

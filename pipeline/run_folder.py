@@ -8,8 +8,11 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.job.errors import JobError
 
@@ -17,47 +20,75 @@ LOGS = "logs"
 LOCK = ".lock"
 WRITTEN = ("environment.json", "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "predictions", "result.json")
 """What a run writes, logs apart; the first of them first."""
+_RETRY_S = 2.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Hold:
     """One training at a time works in a run folder. The kernel lets go of the lock when the process ends, however it ends.
 
+    Args:
+        wait_s: for a holder on another machine: a file server keeps the locks of a machine that died for a while.
+
     Raises:
         JobError: another process works in it; with its number, host and start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wait_s: float = 0.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.shared = True
         """False where the file system knows no locks, so that nothing keeps another process away."""
+        deadline, waiting = time.monotonic() + wait_s, False
+        while not self._take(folder):
+            holder = _holder(folder)
+            if time.monotonic() > deadline or holder.get("host") == platform.node():
+                raise JobError(f"{folder}: {_told(holder)} Wait for its end, or use --run for another folder.")
+            if not waiting:
+                print(f"{folder}: {_told(holder)} Waiting {wait_s:g} s in case it died there.", file=sys.stderr, flush=True)
+                waiting = True
+            time.sleep(_RETRY_S)
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "slurm_job": job}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+
+    def _take(self, folder: Path) -> bool:
         # Not inherited by child processes: the lock must not outlive this one.
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobError(f"{folder}: {_holder(folder)} Wait for its end, or use --run for another folder.") from None
+            os.close(self._descriptor)
+            return False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             self.shared = False
-        job = os.environ.get("SLURM_JOB_ID")
-        holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "slurm_job": job}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        # A start that came to nothing may have removed the file between opening and locking it.
+        if not (folder / LOCK).exists() or not os.path.samestat(os.fstat(self._descriptor), (folder / LOCK).stat()):
+            os.close(self._descriptor)
+            folder.mkdir(parents=True, exist_ok=True)
+            return self._take(folder)
+        return True
 
     def release(self) -> None:
         """Lets go before the process ends."""
         os.close(self._descriptor)
 
 
-def _holder(folder: Path) -> str:
+def _holder(folder: Path) -> dict[str, Any]:
     try:
         holder = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-        job = f" (Slurm job {holder['slurm_job']})" if holder["slurm_job"] else ""
-        return f"process {holder['pid']} on {holder['host']}{job} has been training here since {holder['since']}."
-    except (OSError, ValueError, KeyError, TypeError):
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _told(holder: dict[str, Any]) -> str:
+    if "pid" not in holder:
         return "another process is training here."
+    job = f" (Slurm job {holder['slurm_job']})" if holder.get("slurm_job") else ""
+    return f"process {holder['pid']} on {holder.get('host')}{job} has been training here since {holder.get('since')}."
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -79,20 +110,37 @@ def begun(folder: Path) -> bool:
 
 def clear(folder: Path) -> None:
     """Removes an earlier run but for its logs. Called when the new run is about to write, so that a mistake costs nothing."""
-    # What tells a run's folder from another goes last.
-    for path in [*(folder / name for name in reversed(WRITTEN)), *folder.glob(".delta.*")]:
+    # What tells a run's folder from another goes last; and no state goes in pieces, or one of the old run's might be gone on from.
+    for name in reversed(WRITTEN):
+        path = folder / name
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(folder / f".{name}.old-{os.getpid()}"))
         else:
             path.unlink(missing_ok=True)
+    remove_halves(folder)
+
+
+def remove_halves(folder: Path) -> None:
+    """Removes what a killed process left half-written or half-removed."""
+    for name in WRITTEN:
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_if_empty_handed(folder: Path) -> None:
-    """Removes what a start leaves that failed before it wrote anything."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOGS, LOCK}:
-        try:
-            hold = Hold(folder)
-        except JobError:
-            return
-        shutil.rmtree(folder)
-        hold.release()
+    """Removes what a start leaves that failed before it wrote anything: its logs and its lock, and the folder if that was all."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {LOGS, LOCK}:
+        return
+    try:
+        hold = Hold(folder)
+    except JobError:
+        return
+    for path in [*(folder / LOGS).glob("rank*.txt"), *(folder / LOGS).glob("rank*.json"), folder / LOCK]:
+        path.unlink(missing_ok=True)
+    for path in (folder / LOGS, folder):
+        with suppress(OSError):
+            path.rmdir()
+    hold.release()

@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from pipeline.evaluate.score import EvaluationSet, Scores, score
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Job, Split
@@ -22,8 +20,8 @@ from pipeline.tasks.example import Example, Sequence, grouped
 from pipeline.tasks.fingerprint import fingerprint
 from pipeline.tasks.open import read_examples, separator_text
 from pipeline.tasks.tokens import Tokens, fit
-from pipeline.train.engine import Engine, Ranks
-from pipeline.weights.digest import file_digests
+from pipeline.train.engine import Engine, Ranks, one_rank_first
+from pipeline.weights.digest import file_digests, sha256_of
 from pipeline.weights.hub import local_base
 from pipeline.weights.state import DataFile
 
@@ -58,6 +56,8 @@ class Session:
     context: int
     """Positions the model has."""
     vocabulary: int
+    base_config: str
+    """sha256 of the base's config.json."""
 
     def training_set(self) -> TrainingSet:
         """The training split, as sequences that fit."""
@@ -99,7 +99,9 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     """The base on these ranks, sharded, with the job's delta attached."""
     zero = deepspeed_config(Path(job.memory.config))
     dtype = require_dtype(job.base.dtype, ranks.device)
-    folder = _one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
+    ranks.watch.at("fetching the base", patient=True)
+    folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
+    ranks.watch.at("starting")
     config = read_config(folder)
     tokens = Tokens(folder, lambda end: separator_text(job.task, end))
     loading = "loading the base"
@@ -118,15 +120,17 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     root.train()
     if job.memory.gradient_checkpointing:
         checkpointed(base.model, base.family)
-    engine, context = Engine(root, zero), config.max_position_embeddings
-    return Session(job, ranks, screen, base, digests, tokens, delta, root, engine, context, config.vocab_size)
-
-
-def _one_rank_first(ranks: Ranks, fetch: Callable[[], Path]) -> Path:
-    """The first rank of each machine fetches; the others find its work in the cache."""
-    ranks.watch.at("fetching the base", patient=True)
-    if ranks.local == 0:
-        fetch()
-    dist.barrier()
-    ranks.watch.at("starting")
-    return fetch()
+    return Session(
+        job,
+        ranks,
+        screen,
+        base,
+        digests,
+        tokens,
+        delta,
+        root,
+        Engine(root, zero),
+        context=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        base_config=sha256_of(folder / "config.json"),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -18,9 +17,10 @@ from pipeline.job.read import job_digest, job_toml
 from pipeline.methods.files import store
 from pipeline.report import markdown
 from pipeline.resume import Start
-from pipeline.run_folder import clear
+from pipeline.run_folder import clear, remove_halves
 from pipeline.session import Session
 from pipeline.train.board import Board
+from pipeline.train.engine import first_rank_alone
 from pipeline.train.environment import environment
 from pipeline.train.loop import Course, Taken
 from pipeline.train.saver import Saver
@@ -35,35 +35,34 @@ _BASE_PATIENCE_S = 10.0
 class Writer:
     """Open for one sitting. On all ranks but the first it only keeps step with it.
 
-    Args:
-        state: that the run goes on from.
+    Raises:
+        JobError: the base is not the one that the run began with.
     """
 
-    def __init__(
-        self, session: Session, run: Path, course: Course, data: tuple[DataFile, ...], stepper: Stepper, start: Start, state: State | None
-    ) -> None:
+    def __init__(self, session: Session, run: Path, course: Course, data: tuple[DataFile, ...], stepper: Stepper, start: Start) -> None:
         self._session, self._run, self._course, self._data, self._stepper = session, run, course, data, stepper
-        self._base_digest = state.record.base_digest if state else None
-        self._stated = start.progress.step if start.from_state else None
-        self._saved = self._stated if start.delta_written else None
-        self._rate = state.record.learning_rate if state else 0.0
+        self._expected_base = start.record.base_digest if start.record else None
+        self._rate = start.record.learning_rate if start.record else 0.0
+        # The steps whose state and delta are on disk, or on their way.
+        self._state_step = start.record.progress.step if start.record else None
+        self._delta_step = self._state_step if start.delta_written else None
+        self._checked = False
         self._saver = Saver()
         self._board: Board | None = None
         if session.ranks.first:
             self._check_base(_BASE_PATIENCE_S)
-            self._open(start)
+            self._board = self._open(start)
 
-    def _open(self, start: Start) -> None:
+    def _open(self, start: Start) -> Board:
         job, ranks = self._session.job, self._session.ranks
         if not start.goes_on:
             clear(self._run)
+        remove_halves(self._run)
         tidy(self._run / "state", start.progress.step)
-        for path in self._run.glob(".delta.*"):
-            shutil.rmtree(path)
         (self._run / "result.json").unlink(missing_ok=True)
         write_json(self._run / "environment.json", environment(ranks.count, ranks.device))
         write_text(self._run / "job.toml", job_toml(job))
-        self._board = Board(self._run, start.progress.step)
+        return Board(self._run, start.progress.step)
 
     def __enter__(self) -> Writer:
         return self
@@ -94,17 +93,20 @@ class Writer:
             write_predictions(self._run / "predictions" / f"{scores.split}-{step:06d}.jsonl", scores.predictions)
 
     def save(self, progress: Progress) -> None:
-        """Takes a copy of what is trained and writes it as state and delta, behind training."""
-        if self._board is None or self._saved == progress.step:
+        """Takes a copy of what is trained and writes it as state and delta, behind training.
+
+        A delta names its base by digest. While the base is still being hashed, the state alone is written.
+        """
+        if self._board is None or self._state_step == progress.step:
             return
-        watch, board = self._session.ranks.watch, self._board
+        watch, board, rate = self._session.ranks.watch, self._board, self._rate
         watch.at("saving")
         start = time.perf_counter()
         self._saver.finish()
         waited_s = time.perf_counter() - start
-        tensors, rate = self._stepper.capture(), self._rate
+        tensors = self._stepper.capture()
         self._saver.start(lambda: self._write(progress, tensors, rate, board))
-        self._saved = progress.step
+        self._state_step = progress.step
         board.saved(progress.step, time.perf_counter() - start, waited_s)
 
     def settle(self) -> None:
@@ -116,67 +118,64 @@ class Writer:
 
     def conclude(self) -> dict[str, Any]:
         """Ends a finished run: the content of `result.json`, on the first rank."""
-        self.settle()
+        # A large base on a slow disk may still be being hashed.
+        self._session.ranks.watch.at("writing the delta", patient=True)
+        first_rank_alone(self._session.ranks, "delta written", self._finish)
         if self._board is None:
             return {}
-        job, board = self._session.job, self._board
-        result = {
-            "schema_version": 1,
-            "job_digest": job_digest(job),
-            "steps": self._course.steps,
-            **{key: board.last.get(key) for key in ("loss", "skipped_steps", "peak_memory_bytes")},
-            "seconds": board.last.get("seconds"),
-        }
-        for (step, split), metrics in board.evaluated.items():
-            if step == self._course.steps:
-                result[split] = metrics
+        job, board, steps = self._session.job, self._board, self._course.steps
+        result = {"schema_version": 1, "job_digest": job_digest(job), "steps": steps, **board.last_values()}
+        result |= {split: metrics for (step, split), metrics in board.evaluated.items() if step == steps}
         board.text("job", f"```toml\n{job_toml(job)}```")
         write_json(self._run / "result.json", result)
         return result
 
+    def _finish(self) -> None:
+        self._saver.finish()
+        steps, digests = self._course.steps, self._session.digests
+        if self._delta_step != steps and digests is not None:
+            self._write_delta(steps, self._stepper.capture(), digests.result())
+
     def _write(self, progress: Progress, tensors: dict[str, torch.Tensor], rate: float, board: Board) -> None:
         session, job = self._session, self._session.job
         assert session.digests is not None, "only the first rank writes"
-        digests, values = session.digests.result(), {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
-        self._check_base(None)
+        self._check_base(0.0)
+        digests = session.digests.result() if session.digests.done() else None
         board.sync()
-        if progress.step != self._stated:
-            record = Record(
-                progress=progress,
-                total_steps=self._course.steps,
-                learning_rate=rate,
-                seed=job.train.seed,
-                ranks=session.ranks.count,
-                job=job.model_dump(mode="json"),
-                job_digest=job_digest(job),
-                base_digest=base_digest(digests),
-                data=self._data,
-            )
-            write_state(self._run / "state", State(record, tensors), job.train.keep_states)
-            self._stated = progress.step
-        store(
-            session.delta,
-            values,
-            self._run / "delta",
-            job.methods[0],
-            job.base.model,
-            digests,
-            session.base.tensors,
-            job_digest(job),
-            progress.step,
+        record = Record(
+            progress=progress,
+            total_steps=self._course.steps,
+            learning_rate=rate,
+            seed=job.train.seed,
+            ranks=session.ranks.count,
+            job=job.model_dump(mode="json"),
+            job_digest=job_digest(job),
+            base_digest=base_digest(digests) if digests else self._expected_base,
+            base_config=session.base_config,
+            data=self._data,
         )
+        write_state(self._run / "state", State(record, tensors), job.train.keep_states)
+        if digests:
+            self._write_delta(progress.step, tensors, digests)
 
-    def _check_base(self, patience_s: float | None) -> None:
+    def _write_delta(self, step: int, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> None:
+        session, job = self._session, self._session.job
+        values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
+        method, digest, folder = job.methods[0], job_digest(job), self._run / "delta"
+        store(session.delta, values, folder, method, job.base.model, digests, session.base.tensors, digest, step)
+        self._delta_step = step
+
+    def _check_base(self, patience_s: float) -> None:
         """A base is hashed beside the first steps; one that is not the run's stops it before anything is saved."""
-        if self._base_digest is None or self._session.digests is None:
+        if self._checked or self._expected_base is None or self._session.digests is None:
             return
         try:
             found = base_digest(self._session.digests.result(patience_s))
         except NotYet:
             return
-        if found != self._base_digest:
+        if found != self._expected_base:
             raise JobError(
                 f"{self._session.job.base.model}: is another base than the run's: its digest is {found[:12]}..., "
-                f"the run's {self._base_digest[:12]}.... Put the base back, or use --run for another folder."
+                f"the run's {self._expected_base[:12]}.... Put the base back, or use --run for another folder."
             )
-        self._base_digest = None
+        self._checked = True

@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import re
+import threading
 
 import pytest
 
+from pipeline import run_folder
 from pipeline.job.errors import JobError
 from pipeline.run_folder import LOCK, WRITTEN, Hold, begun, clear, refuse_foreign, remove_if_empty_handed
 
@@ -64,11 +66,15 @@ def test_a_failed_start_leaves_no_folder_but_keeps_anything_else(tmp_path):
     (tmp_path / "empty" / "logs").mkdir(parents=True)
     (tmp_path / "empty" / LOCK).touch()
     (tmp_path / "full" / "delta").mkdir(parents=True)
+    (tmp_path / "mine" / "logs").mkdir(parents=True)
+    (tmp_path / "mine" / "logs" / "notes.txt").touch()
+    (tmp_path / "mine" / "logs" / "rank0.txt").touch()
     (tmp_path / "held" / "logs").mkdir(parents=True)
     hold = Hold(tmp_path / "held")
-    for name in ("empty", "full", "held", "absent"):
+    for name in ("empty", "full", "mine", "held", "absent"):
         remove_if_empty_handed(tmp_path / name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "held"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "held", "mine"]
+    assert [p.name for p in (tmp_path / "mine" / "logs").iterdir()] == ["notes.txt"]
     hold.release()
 
 
@@ -84,6 +90,33 @@ def test_a_held_folder_names_its_holder(tmp_path, monkeypatch):
     hold.release()
     Hold(tmp_path).release()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_another_machine_holds_may_be_a_dead_ones(tmp_path, monkeypatch, capsys):
+    hold = Hold(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "today", "slurm_job": None}))
+    monkeypatch.setattr(run_folder, "_RETRY_S", 0.05)
+    with pytest.raises(JobError, match="process 1 on elsewhere"):
+        Hold(tmp_path, wait_s=0.2)
+    assert "Waiting 0.2 s in case it died there" in capsys.readouterr().err
+    threading.Timer(0.3, hold.release).start()
+    Hold(tmp_path, wait_s=30).release()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    real, removed = fcntl.flock, []
+
+    def flock(descriptor, how):
+        real(descriptor, how)
+        if not removed:
+            removed.append(1)
+            (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    hold = Hold(tmp_path)
+    with pytest.raises(JobError, match="has been training here"):
+        Hold(tmp_path)
+    hold.release()
 
 
 def test_a_file_system_without_locks_is_worked_on_and_told(tmp_path, monkeypatch):

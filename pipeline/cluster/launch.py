@@ -21,11 +21,12 @@ from typing import TextIO
 from rich.console import Console
 
 from pipeline.cluster.stop import STOPPED
+from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
 
 PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
 """This program, whatever folder it starts in: `python -m` would look for `pipeline` in the current folder first."""
-JOB_ERROR, DIVERGED, RANK_FAILED = 2, 4, 76
+JOB_ERROR, DIVERGED = 2, 4
 _FOLDER = "ZLORA_LAUNCH"
 _MEETING = "ZLORA_RENDEZVOUS"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"
@@ -34,8 +35,9 @@ _POLL_S = 0.1
 _GRACE_S = 3.0
 _BOUNCE_S = 1.0
 """Two Ctrl-C closer together are one."""
+_LEAVING = (STOPPED, DIVERGED)
 _LEAVE_S = 30.0
-"""Ranks that stop on request leave together, but for the time it takes to end a process group."""
+"""Ranks that end so leave together when everything is saved, but for the time it takes to end a process."""
 _TOGETHER_S = 0.5
 """Ranks that die this close together: one of them pulled the others down."""
 
@@ -97,18 +99,26 @@ def visible_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
+def batch_job() -> str | None:
+    """What started this process, where it starts the same command again after a failure."""
+    for system, name in (("slurm", "SLURM_JOB_ID"), ("torchrun", "TORCHELASTIC_RUN_ID")):
+        if os.environ.get(name):
+            return f"{system} {os.environ[name]}"
+    return None
+
+
 def restarted() -> bool:
-    """Whether a batch system or torchrun started this very command before, so that what it wrote is its own."""
+    """Whether it did so."""
     return any(int(os.environ.get(name, "0") or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] = ()) -> int:
+def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] | None = None) -> int:
     """Runs `zlora ARGUMENTS` on several ranks of this machine and waits for them.
 
     Args:
         ranks: how many; None: one for each GPU, else one.
         stop_signals: requests that the ranks answer by saving and ending in their own time, as they do Ctrl-C and a closed terminal.
-            Without any, Ctrl-C ends them at once.
+            None: Ctrl-C ends them at once.
 
     Returns:
         The exit code for the shell: 0, or that of the rank that failed first (76 where a signal ended it).
@@ -121,13 +131,14 @@ def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...
     children: list[subprocess.Popen[bytes]] = []
     try:
         # A rank starts with the requests held back, so that none ends it before it is able to answer.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in {*stop_signals, "SIGINT"} if stop_signals])
+        requests = [] if stop_signals is None else [signal.Signals[name] for name in {*stop_signals, "SIGINT"}]
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
         for rank in range(count):
             command = [sys.executable, "-c", PROGRAM, *arguments]
             environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
-        if stop_signals:
+        if stop_signals is not None:
             _pass_on(stop_signals, children)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
@@ -170,6 +181,11 @@ def die_with_parent() -> None:
         # The kernel tells of deaths from now on only; this rank took seconds to come up.
         if os.getppid() != int(os.environ[_LAUNCHER]):
             os._exit(RANK_FAILED)
+
+
+def started_here() -> bool:
+    """Whether this rank was started by `launch`, rather than by torchrun or srun."""
+    return _FOLDER in os.environ
 
 
 def report_start() -> None:
@@ -227,11 +243,16 @@ def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
     """Waits until every rank has ended, or one has failed."""
     deadline = None
     while None in (codes := [child.poll() for child in children]):
-        if any(code not in (None, 0, STOPPED) for code in codes):
+        if any(code not in (None, 0, *_LEAVING) for code in codes):
             time.sleep(_TOGETHER_S)
             break
-        if STOPPED in codes:
-            deadline = deadline or time.monotonic() + _LEAVE_S
+        if any(code in _LEAVING for code in codes):
+            if deadline is None:
+                deadline = time.monotonic() + _LEAVE_S
+                # One that was asked while they started has left; the others wait for it, unless they are asked too.
+                for child in children:
+                    if STOPPED in codes and child.poll() is None:
+                        child.send_signal(signal.SIGINT)
             if time.monotonic() > deadline:
                 break
         time.sleep(_POLL_S)
@@ -261,7 +282,7 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
 
     def rank_of(failure: Failure) -> tuple[bool, bool, int, float]:
         place = order.index(failure.exit_code) if failure.exit_code in order else len(order)
-        return failure.exit_code == STOPPED, failure.echo, place, failure.time
+        return failure.echo, failure.exit_code == STOPPED, place, failure.time
 
     return min(failures, key=rank_of)
 

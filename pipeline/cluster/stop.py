@@ -40,12 +40,15 @@ class StopRequest:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in numbers:
             signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._read, args=(reading, at_once), name="stop requests", daemon=True).start()
+        threading.Thread(target=self._read, args=(reading, set(numbers), at_once), name="stop requests", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    def _read(self, pipe: int, at_once: Callable[[str], None]) -> None:
-        while number := os.read(pipe, 1):
-            name = signal.Signals(number[0]).name
+    def _read(self, pipe: int, numbers: set[signal.Signals], at_once: Callable[[str], None]) -> None:
+        while byte := os.read(pipe, 1):
+            # Other signals with a handler in Python come along.
+            if (number := signal.Signals(byte[0])) not in numbers:
+                continue
+            name = number.name
             self.signal = self.signal or name
             if not self.can_wait:
                 at_once(name)

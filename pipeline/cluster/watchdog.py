@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+RANK_FAILED = 76
+"""Exit code: a rank, node or collective failed; running again goes on."""
 _BEAT_S = 10.0
+_LAST_WORDS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Watchdog:
         self._step, self._phase, self._since, self._patient = 0, "starting", time.time(), False
         self._mark = time.monotonic()
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def at(self, phase: str, step: int | None = None, patient: bool = False) -> None:
         """Notes that this rank gets on.
@@ -71,34 +74,63 @@ class Watchdog:
         """Watches from now on.
 
         Args:
-            on_timeout: is handed the report, in the watching thread, and ends the process.
+            on_timeout: is handed the report, in a thread of its own, and ends the process.
         """
-        self._thread = threading.Thread(target=self._watch, args=(logs, ranks, timeout_s, on_timeout), name="watchdog", daemon=True)
-        self._thread.start()
+        beat_s = min(_BEAT_S, timeout_s / 4)
+
+        def give_up() -> None:
+            # Whatever the report waits for (a dead file system, say), the process ends.
+            threading.Timer(_LAST_WORDS_S, os._exit, [RANK_FAILED]).start()
+            faulthandler.dump_traceback(2)  # this rank's log
+            on_timeout(_report(logs, ranks, timeout_s, self._place()))
+
+        self._threads = [
+            threading.Thread(target=self._tell, args=(logs, beat_s), name="watchdog's notes", daemon=True),
+            threading.Thread(target=self._watch, args=(beat_s, timeout_s, give_up), name="watchdog", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Watches no longer; the last place stays readable."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join(_BEAT_S)
 
-    def _watch(self, logs: Path, ranks: int, timeout_s: float, on_timeout: Callable[[str], None]) -> None:
-        beat_s = min(_BEAT_S, timeout_s / 4)
-        written, ending = None, False
+    def _place(self) -> Place:
+        return Place(self._rank, platform.node(), os.getpid(), self._step, self._phase, self._since)
+
+    def _tell(self, logs: Path, beat_s: float) -> None:
+        written = None
         while True:
-            place = Place(self._rank, platform.node(), os.getpid(), self._step, self._phase, self._since)
+            ending, place = self._ended.is_set(), self._place()
             if place != written:
                 _write(logs, place)
                 written = place
             if ending:
                 return
-            if not self._patient and time.monotonic() - self._mark > timeout_s:
-                # The others came to the same end at about this time: let their last places arrive.
-                time.sleep(beat_s / 2)
-                faulthandler.dump_traceback(2)  # this rank's log
-                on_timeout(_report(logs, ranks, timeout_s, place))
+            self._ended.wait(beat_s)
+
+    def _watch(self, beat_s: float, timeout_s: float, give_up: Callable[[], None]) -> None:
+        """Touches no file: it must come back from where others do not."""
+        late = False
+        while not self._waited(beat_s):
+            if self._patient or time.monotonic() - self._mark <= timeout_s:
+                late = False
+            elif late:
+                threading.Thread(target=give_up, name="watchdog's report", daemon=True).start()
                 return
-            ending = self._ended.wait(beat_s)
+            else:
+                # Looked at twice; and the others come to the same end at about this time: their last places may arrive.
+                late = True
+
+    def _waited(self, beat_s: float) -> bool:
+        """Waits a beat; True where the watch has ended. A process that was suspended meanwhile gets all its time again."""
+        begun = time.monotonic()
+        ended = self._ended.wait(beat_s)
+        if time.monotonic() - begun > 2 * beat_s:
+            self._mark = time.monotonic()
+        return ended
 
 
 def _write(logs: Path, place: Place) -> None:

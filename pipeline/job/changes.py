@@ -12,7 +12,7 @@ from pipeline.job.spec import Job
 
 
 class Verdict(Enum):
-    FREE = "the trajectory stays the same, or was only given more to do"
+    FREE = "every step so far would have been the same (but for the schedule, where the length of training changes)"
     DELIBERATE = "the state still fits, but the trajectory becomes another"
     NEVER = "the state does not fit any more"
 

@@ -9,7 +9,14 @@ class JobError(Exception):
     """Something the user can repair. Shown without a traceback; the command exits with code 2.
 
     The message reads ``where: what is wrong, with the value. What to do.``
+
+    Args:
+        everywhere: all ranks raise it together, so that one of them can speak for all.
     """
+
+    def __init__(self, message: str = "", everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def of_system(error: OSError) -> str | None:

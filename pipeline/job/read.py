@@ -64,6 +64,19 @@ def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     return _resolve(job, path)
 
 
+def resolved(values: dict[str, Any], where: Path) -> Job:
+    """A resolved job as a state holds it.
+
+    Raises:
+        JobError: another version wrote it.
+    """
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise JobError(f"{where}: its job has a {key} that this version of zlora does not know. Use the version that wrote it.") from None
+
+
 def read_resolved(file: Path) -> Job | None:
     """The job that a run folder holds, as it is; None where there is none or another version wrote it."""
     try:

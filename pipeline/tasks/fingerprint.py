@@ -24,7 +24,7 @@ def fingerprint(examples: list[Example], sequences: list[Sequence]) -> tuple[Dat
 
 def refuse_changed(before: tuple[DataFile, ...], now: tuple[DataFile, ...]) -> None:
     """Raises:
-    JobError: the examples are not those that the run began with."""
+    JobError: on every rank; the examples are not those that the run began with."""
     if [file.sha256 for file in before] == [file.sha256 for file in now]:
         return
     for old, new in zip(before, now, strict=False):
@@ -32,9 +32,11 @@ def refuse_changed(before: tuple[DataFile, ...], now: tuple[DataFile, ...]) -> N
             counts = "" if old.examples == new.examples else f" ({old.examples:,} then, {new.examples:,} now)"
             raise JobError(
                 f"{new.file}: its examples are not those that the run began with{counts}. "
-                "Put back the file (and the base's tokenizer), or begin another run with --run or --fresh."
+                "Put back the file (and the base's tokenizer), or begin another run with --run or --fresh.",
+                everywhere=True,
             )
     raise JobError(
         f"{(before or now)[0].file}: the run began with {len(before)} files of examples, now there are {len(now)}. "
-        "Put them back, or begin another run with --run or --fresh."
+        "Put them back, or begin another run with --run or --fresh.",
+        everywhere=True,
     )

@@ -84,14 +84,16 @@ class Board:
         with _named(self._folder):
             self._events.add_scalar("speed/save_stall_s", stall_s, step)
 
+    def last_values(self) -> dict[str, Any]:
+        """Of the newest step, for the result; None where a value is not there or not finite."""
+        return _plain({key: self.last.get(key) for key in ("loss", "skipped_steps", "seconds", "peak_memory_bytes")})
+
     def sync(self) -> None:
         """Has the rows on disk: a state must not be there before the steps that led to it."""
         os.fsync(self._metrics.fileno())
 
     def _record(self, row: dict[str, float | str]) -> None:
-        # JSON has no infinity and no NaN; a skipped step's gradient norm is one of them.
-        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        line = json.dumps(plain).encode() + b"\n"
+        line = json.dumps(_plain(row)).encode() + b"\n"
         with _named(self._file):
             if self._metrics.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -99,6 +101,11 @@ class Board:
     def text(self, tag: str, text: str) -> None:
         with _named(self._folder):
             self._events.add_text(tag, text)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN; a skipped step's gradient norm is one of them."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 @contextmanager

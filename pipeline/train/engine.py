@@ -6,10 +6,12 @@ DeepSpeed is given no optimizer: it shards, gathers, prefetches and releases the
 from __future__ import annotations
 
 import os
+import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -21,6 +23,8 @@ from pipeline.cluster.watchdog import Watchdog
 from pipeline.job.errors import JobError
 from pipeline.job.zero import zero_stage
 
+T = TypeVar("T")
+_LONG = timedelta(days=1)
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|socket|nccl|gloo", re.IGNORECASE)
 
 
@@ -52,11 +56,12 @@ class StopAgreed(Exception):
     """Raised on every rank at the same place: some rank was asked to stop."""
 
 
-def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None) -> Ranks:
+def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None, watch: Watchdog | None = None) -> Ranks:
     """Joins the process group that the environment describes (ours, torchrun's or Slurm's).
 
     Args:
         timeout_s: how long a rank may get no further. The watchdog keeps to it; collectives give up later, so that it reports first.
+        stop, watch: of this rank, where it trains.
 
     Raises:
         JobError: there are GPUs, and torch cannot use them.
@@ -81,7 +86,31 @@ def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None) -> Ra
     # DeepSpeed would compile a shared-memory all-reduce here, which needs a compiler and a minute, and which nothing below calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    return Ranks(rank, count, local, device, Watchdog(rank), stop or StopRequest())
+    return Ranks(rank, count, local, device, watch or Watchdog(rank), stop or StopRequest())
+
+
+def first_rank_alone(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
+    """Runs `work` on the first rank, while the others wait; however long it takes."""
+    store = dist.distributed_c10d._get_default_store()
+    if ranks.first:
+        work()
+        store.set(name, "done")
+    else:
+        # A collective would give up on long work.
+        store.wait([name], _LONG)
+
+
+def one_rank_first(ranks: Ranks, fetch: Callable[[], T]) -> T:
+    """Fetches on the first rank of each machine, then on the others, which find its work in the cache; however long it takes."""
+    store, host = dist.distributed_c10d._get_default_store(), platform.node()
+    if ranks.local != 0:
+        store.wait([f"fetched on {host}"], _LONG)
+    fetched = fetch()
+    if ranks.local == 0:
+        store.set(f"fetched on {host}", "yes")
+    store.set(f"fetched by {ranks.rank}", "yes")
+    store.wait([f"fetched by {rank}" for rank in range(ranks.count)], _LONG)
+    return fetched
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipeline.cluster.launch import batch_job
 
 _PACKAGES = ("zlora", "torch", "deepspeed", "transformers", "safetensors", "tokenizers", "datasets")
 
@@ -26,7 +29,16 @@ def environment(ranks: int, device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "ranks": ranks,
         "commit": _commit(),
+        "started_by": batch_job(),
     }
+
+
+def started_by(run: Path) -> str | None:
+    """The batch job that began or went on with the run last; None where none did."""
+    try:
+        return json.loads((run / "environment.json").read_text(encoding="utf-8"))["started_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _commit() -> str | None:

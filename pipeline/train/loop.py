@@ -95,7 +95,7 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
         Diverged: `train.stop_after_bad_steps` steps in a row were bad; names the first and its examples.
     """
     train, total, progress = course.train, course.steps, course.start
-    streak: list[str] = []
+    streak = ["an earlier sitting"] * progress.bad_steps
     for step in range(course.start.step, total):
         start = time.perf_counter()
         ranks.watch.at("dealing examples", step + 1)
@@ -123,6 +123,7 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
             step=step + 1,
             position_examples=progress.position_examples + len(examples),
             seconds=progress.seconds + seconds,
+            bad_steps=len(streak),
             **stepper.progress(),
         )
         values = {

@@ -72,7 +72,7 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         if folder.exists():
             retired = _retire(folder)
             partial.replace(folder)
-            shutil.rmtree(retired)
+            shutil.rmtree(retired, ignore_errors=True)
         else:
             partial.replace(folder)
         _fsync(folder.parent)
@@ -90,7 +90,7 @@ def _of(path: Path, error: BaseException) -> BaseException:
 
 def remove_folder(folder: Path) -> None:
     """Removes it from under its name at once: killed on the way, no half of it is left there."""
-    shutil.rmtree(_retire(folder))
+    shutil.rmtree(_retire(folder), ignore_errors=True)
 
 
 def _retire(folder: Path) -> Path:

@@ -16,7 +16,7 @@ _CHUNK_BYTES = 1 << 22
 def file_digests(files: tuple[Path, ...]) -> dict[str, str]:
     """File name -> sha256. A hub cache's own blob name is the sha256 and is taken as it is."""
     memory = _remembered()
-    digests, learnt = {}, False
+    digests = {}
     for file in files:
         target = file.resolve()
         stat = target.stat()
@@ -27,9 +27,8 @@ def file_digests(files: tuple[Path, ...]) -> dict[str, str]:
             digests[file.name] = memory[key]
         else:
             digests[file.name] = memory[key] = sha256_of(target)
-            learnt = True
-    if learnt:
-        _remember(memory)
+            # At once: a process that ends early has not hashed for nothing.
+            _remember(memory)
     return digests
 
 

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 RECORD = "state.json"
 TENSORS = "tensors.safetensors"
 SUMS = "SHA256SUMS"
+_OTHER_VERSION = "It was written by another version of zlora; use that one."
 
 
 class Row(BaseModel):
@@ -43,7 +44,9 @@ class Progress(Row):
     loss_scale: float | None = None
     """fp16 only."""
     good_steps: int = 0
-    """Since the loss scale was last lowered."""
+    """In a row; the loss scale is doubled after 2,000."""
+    bad_steps: int = 0
+    """In a row, up to this one."""
     seconds: float = 0.0
     """Of training, over all sittings."""
 
@@ -64,14 +67,17 @@ class Record(Row):
     progress: Progress
     total_steps: int
     learning_rate: float
-    """Of the last step. The schedule is a function of the job, the step and `total_steps`."""
+    """Of the last step, for readers: the schedule is a function of the job, the step and `total_steps`."""
     seed: int
-    """Of example order, dropout and the start of A; with `progress` all that randomness depends on."""
+    """The job's, for readers: with `progress`, all that randomness depends on."""
     ranks: int
     job: dict[str, Any]
     """Resolved."""
     job_digest: str
-    base_digest: str
+    base_digest: str | None
+    """None where the base was not hashed yet when the state was written."""
+    base_config: str
+    """sha256 of its config.json."""
     data: tuple[DataFile, ...]
 
 
@@ -112,12 +118,14 @@ def read_state(path: Path) -> State:
     _verify(path)
     try:
         record = Record.model_validate_json((path / RECORD).read_bytes())
+        if record.schema_version != SCHEMA_VERSION:
+            raise JobError(f"{path / RECORD}: schema_version {record.schema_version}; this zlora reads {SCHEMA_VERSION}. {_OTHER_VERSION}")
         return State(record, load_tensors(path / TENSORS))
     except ValidationError as error:
         # The sums are right, so this is what was written.
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise JobError(f"{path / RECORD}: {key}: {problem['msg']}. It was written by another version of zlora; use that one.") from None
+        raise JobError(f"{path / RECORD}: {key}: {problem['msg']}. {_OTHER_VERSION}") from None
     except (OSError, ValueError) as error:
         raise Damaged(f"{path / TENSORS}: {error}") from None
 
@@ -152,7 +160,7 @@ def newest_state(folder: Path, warn: Callable[[str], None]) -> State | None:
 def tidy(folder: Path, step: int) -> None:
     """Before a run goes on from `step`: removes what a killed process left half-done, and renames later states, which are damaged."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     for path in _states(folder):
         if int(path.name.removeprefix("step-")) > step:
             aside = path.with_name(f"damaged-{path.name}")

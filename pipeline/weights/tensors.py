@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 
 def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -26,6 +26,7 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Raises:
     ValueError: not a whole safetensors file."""
     try:
-        return load_file(file)
+        # Not mapped: a mapped file cannot be removed on NFS.
+        return load(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from None

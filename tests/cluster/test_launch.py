@@ -217,7 +217,7 @@ sys.exit(launch([{code!r}], 2, {signals}))
 """
 
 
-def start_launcher(tmp_path, code, signals="()"):
+def start_launcher(tmp_path, code, signals="None"):
     program = tmp_path / "rank"
     program.write_text(RANK.format(python=sys.executable))
     program.chmod(0o755)

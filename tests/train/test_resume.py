@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.job.errors import Diverged
 from pipeline.tasks.order import stream_examples
+from pipeline.weights.state import State, newest_state, write_state
 from tests.bases import make_gpt2
 from tests.training import read_run, train_here, train_until, trained, write_examples, write_job
 
@@ -241,6 +242,75 @@ def test_another_base_is_refused_by_its_digest_not_its_place(gpt2_base, ranks1, 
     ranks1.run(train_here, str(job), str(tmp_path / "run"), (*LONG, f'base.model="{gpt2_base}"'))
 
 
+@pytest.mark.parametrize(("key", "value"), [("n_head", 2), ("layer_norm_epsilon", 0.1)])
+def test_a_base_with_another_configuration_is_refused(key, value, gpt2_base, ranks1, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(gpt2_base, base)
+    job = write_job(tmp_path, base)
+    ranks1.run(train_until, str(job), str(tmp_path / "run"), LONG, 4)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, key: value}))
+    assert "base: its config.json is not the one that the run began with" in refusal(ranks1, job, tmp_path / "run", *LONG)
+
+
+@pytest.mark.parametrize("damage", ["byte", "manifest", "all"])
+def test_a_damaged_delta_of_a_finished_run_is_written_again_from_the_state(damage, job, whole, ranks2, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    match damage:
+        case "byte":
+            content = bytearray((run / "delta" / "adapter_model.safetensors").read_bytes())
+            content[-7] ^= 1
+            (run / "delta" / "adapter_model.safetensors").write_bytes(content)
+        case "manifest":
+            (run / "delta" / "manifest.json").unlink()
+        case _:
+            shutil.rmtree(run / "delta")
+    ranks2.run(train_here, str(job), str(run), LONG)
+    assert delta_bytes(run) == delta_bytes(whole)
+    assert rows(run) == rows(whole)
+
+
+def test_the_job_of_another_version_is_one_line(job, whole, ranks1, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    state = newest_state(run / "state", print)
+    changed = state.record.model_copy(update={"job": {**state.record.job, "of_tomorrow": {}}})
+    write_state(run / "state", State(changed, state.tensors), keep=2)
+    assert "state: its job has a of_tomorrow that this version of zlora does not know" in refusal(ranks1, job, run, *LONG)
+
+
+def hashing_slowly(ranks, job, run, overrides, stop_at):
+    """The base is not hashed before training is over."""
+    from pipeline import session
+
+    real, hashed = session.file_digests, threading.Event()
+
+    def file_digests(files):
+        assert hashed.wait(60)
+        return real(files)
+
+    session.file_digests = file_digests
+    try:
+        if stop_at:
+            return train_until(ranks, job, run, overrides, stop_at)
+        threading.Timer(3.0, hashed.set).start()
+        return train_here(ranks, job, run, overrides)
+    finally:
+        hashed.set()
+        session.file_digests = real
+
+
+def test_no_state_waits_for_the_base_to_be_hashed(job, whole, ranks2, tmp_path):
+    run = tmp_path / "run"
+    ranks2.run(hashing_slowly, str(job), str(run), LONG, 8)
+    assert sorted(p.name for p in (run / "state").iterdir()) == ["step-00000005", "step-00000008"]
+    assert not (run / "delta").exists(), "a delta says which base it belongs to"
+    ranks2.run(hashing_slowly, str(job), str(run), LONG, None)
+    assert delta_bytes(run) == delta_bytes(whole)
+    assert json.loads((run / "state" / "step-00000012" / "state.json").read_text())["base_digest"] is None
+
+
 def test_a_damaged_state_is_passed_over_and_the_end_is_the_same(job, whole, ranks2, tmp_path):
     run = tmp_path / "run"
     ranks2.run(train_until, str(job), str(run), LONG, 8)
@@ -363,7 +433,8 @@ def test_files_are_written_behind_training_from_what_was_at_the_step(job, ranks2
 def test_the_state_says_what_resuming_needs(whole):
     record = json.loads((whole / "state" / "step-00000010" / "state.json").read_text())
     assert record["progress"] | {"seconds": 0} == {
-        "step": 10, "position_examples": 60, "optimizer_steps": 10, "skipped_steps": 0, "loss_scale": None, "good_steps": 10, "seconds": 0,
+        "step": 10, "position_examples": 60, "optimizer_steps": 10, "skipped_steps": 0, "loss_scale": None, "good_steps": 10,
+        "bad_steps": 0, "seconds": 0,
     }  # fmt: skip
     assert (record["seed"], record["ranks"], record["total_steps"]) == (1, 2, 12)
     assert record["job"]["train"]["schedule"] == "linear"
@@ -377,7 +448,7 @@ def test_the_state_says_what_resuming_needs(whole):
 
 def test_a_vote_of_any_rank_stops_all_at_the_same_step(job, ranks3, tmp_path):
     messages = ranks3.run(train_until, str(job), str(tmp_path / "run"), LONG, 4, 2)
-    assert all("after step 4 of 12; everything is saved. To go on: zlora" in message for message in messages)
+    assert all("after step 4 of 12; everything is saved. To go on: the same command again" in message for message in messages)
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000004"]
 
 
@@ -396,6 +467,18 @@ def test_the_scores_due_when_it_was_stopped_are_made_up_for(gpt2_base, ranks2, t
     assert "bleu" in json.loads((tmp_path / "run" / "result.json").read_text())["valid"]
     trained(ranks2, job, tmp_path / "whole", "train.steps=6")
     assert delta_bytes(tmp_path / "run") == delta_bytes(tmp_path / "whole")
+
+
+def test_scores_of_the_beginning_are_not_made_twice(gpt2_base, ranks1, tmp_path):
+    job = write_job(tmp_path, gpt2_base)
+    write_examples(tmp_path / "valid.jsonl", 6)
+    job.write_text(job.read_text().replace("[train]", f'valid = "{tmp_path / "valid.jsonl"}"\n[train]') + "[evaluate]\nat_start = true\n")
+    ranks1.run(train_until, str(job), str(tmp_path / "run"), ("train.steps=6", "train.save_every_steps=9"), 2)
+    shutil.rmtree(tmp_path / "run" / "state")  # as if it had been killed before
+    ranks1.run(train_here, str(job), str(tmp_path / "run"), ("train.steps=6", "train.save_every_steps=9"))
+    scored = [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "bleu" in row]
+    assert scored == [0, 6]
+    assert [row["step"] for row in read_run(tmp_path / "run").steps] == [1, 2, 3, 4, 5, 6]
 
 
 def stopped_while_scoring(ranks, job, run, overrides):
@@ -474,6 +557,23 @@ def test_a_loss_that_is_not_finite_several_times_in_a_row_ends_the_run_and_names
     assert poisoned[0] in named
     assert named < set(examples[:4]), "the rank whose loss is good is not suspected"
     assert max(p.name for p in (tmp_path / "run" / "state").iterdir()) == "step-00000003", "the state before it is the newest"
+
+
+def test_steps_since_the_last_save_are_not_lost_to_bad_ones(job, ranks2, tmp_path):
+    settings = ("train.steps=12", "train.batch_examples=4", "train.save_every_steps=5", "train.stop_after_bad_steps=2")
+    said = ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, stream_examples(12, 8, 24, 1))[0]
+    assert "step 5: the loss is nan" in said
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
+    assert json.loads((tmp_path / "run" / "delta" / "manifest.json").read_text())["step"] == 3
+
+
+def test_a_bad_last_step_is_a_result_too(job, ranks2, tmp_path):
+    settings = ("train.steps=4", "train.batch_examples=4")
+    ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, stream_examples(12, 4, 24, 1))
+    assert '"loss": null' in (tmp_path / "run" / "result.json").read_text()
+    (tmp_path / "run" / "result.json").unlink()
+    shown = ranks2.run(train_here, str(job), str(tmp_path / "run"), settings)[0]
+    assert "not finite at the last step" in shown
 
 
 def test_single_bad_steps_are_skipped_and_counted(job, ranks2, tmp_path):

@@ -32,6 +32,7 @@ def make(step, seed=0):
         job={"train": {"steps": 100}},
         job_digest="a" * 64,
         base_digest="b" * 64,
+        base_config="d" * 64,
         data=(DataFile(file="train.jsonl", examples=3, sha256="c" * 64),),
     )
     return State(record, tensors)
@@ -147,6 +148,13 @@ def test_a_state_of_another_version_is_refused_not_passed_over(folder, monkeypat
     sums = "".join(states._sum(path_of(folder, 20) / name) for name in ("state.json", "tensors.safetensors"))
     (path_of(folder, 20) / "SHA256SUMS").write_text(sums)
     with pytest.raises(JobError, match="written by another version"):
+        newest_state(folder, refuse_to_warn)
+
+
+def test_a_state_of_another_schema_is_refused(folder):
+    record = make(40).record.model_copy(update={"schema_version": 99})
+    write_state(folder, State(record, make(40).tensors), keep=2)
+    with pytest.raises(JobError, match="schema_version 99; this zlora reads 1"):
         newest_state(folder, refuse_to_warn)
 
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests.lives import Life
-from tests.training import read_run, write_job
+from tests.training import read_run, trained, write_examples, write_job
 from tests.whole.test_commands import ENVIRONMENT, NOISE
 from tests.whole.test_kill import steps_done, wait_until
 
@@ -52,7 +52,7 @@ def test_a_signal_to_any_one_rank_stops_all_within_a_step_and_saves(name, rank, 
     assert states(run) == [last]
     by = {"SIGINT": " by Ctrl-C"}.get(name, f" by {name}") if rank == 0 else ""
     assert said.count("everything is saved") == 1, "one rank says it"
-    assert f"Stopped{by} after step {last:,} of 100,000; everything is saved. To go on: zlora" in said
+    assert f"Stopped{by} after step {last:,} of 100,000; everything is saved. To go on: the same command again, without --fresh" in said
     assert json.loads((run / "delta" / "manifest.json").read_text())["step"] == last
 
 
@@ -120,6 +120,68 @@ def test_a_hung_rank_ends_the_run_and_every_ranks_place_is_told(job, tmp_path):
     assert life.end(20) == [75, 75]
 
 
+def test_a_suspended_run_goes_on_when_it_is_resumed(job, tmp_path):
+    run = tmp_path / "run"
+    life = began(job, run, overrides=(*LONG, "train.timeout_s=2"))
+    for rank in (0, 1):
+        life.signal(rank, signal.SIGSTOP)
+    time.sleep(5)
+    for rank in (0, 1):
+        life.signal(rank, signal.SIGCONT)
+    seen = steps_done(run)
+    wait_until(lambda: steps_done(run) > seen + 100, life)
+    life.signal(0, signal.SIGTERM)
+    assert life.end(20) == [75, 75]
+
+
+def test_the_watchdog_does_not_wait_for_a_dead_file_system(job, tmp_path):
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    for rank in (0, 1):
+        os.mkfifo(run / "logs" / f"rank{rank}.json")  # nobody reads: whoever opens it to write waits for ever
+    life = began(job, run, overrides=(*LONG, "train.timeout_s=2"))
+    life.signal(1, signal.SIGSTOP)
+    life.ranks[0].join(25)
+    assert life.ranks[0].exitcode == 76
+    life.end(0)
+
+
+def test_a_run_that_diverges_tells_it_when_everything_is_saved(job, tmp_path):
+    run = tmp_path / "run"
+    settings = ("train.steps=50", "train.save_every_steps=1", "train.learning_rate=1e38", "train.clip_norm=0")
+    life = Life(job, run, settings, slow_disk_s=0.3)
+    assert life.end(60) == [4, 4]
+    said = life.said.read_text()
+    assert said.count("diverged: step ") == 1
+    assert "it was first in step " in said
+    assert states(run)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_run_may_be_ended_while_it_ends(name, job, ranks2, tmp_path):
+    """After the last step, while it is being scored, saved and concluded."""
+    write_examples(tmp_path / "valid.jsonl", 8)
+    job.write_text(job.read_text().replace("[train]", f'valid = "{tmp_path / "valid.jsonl"}"\n[train]'))
+    run, settings = tmp_path / "run", ("train.steps=4", "evaluate.max_new_tokens=20")
+    codes = []
+    for pause in range(9):
+        life = Life(job, run, settings, slow_disk_s=0.02)
+        while life.alive and steps_done(run) < 4:
+            time.sleep(0.002)
+        time.sleep(0.04 * pause)
+        for rank in (0, 1):
+            if life.ranks[rank].is_alive():
+                life.signal(rank, signal.Signals[name])
+        codes += life.end(20)
+    assert set(codes) <= {0, 75, 76, -signal.Signals[name]}, codes
+    assert Life(job, run, settings).end(60) == [0, 0]
+    trained(ranks2, job, tmp_path / "whole", *settings)
+    for file in (tmp_path / "whole" / "delta").iterdir():
+        assert (run / "delta" / file.name).read_bytes() == file.read_bytes()
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path / "whole"))
+    assert ours["valid"] == theirs["valid"]
+
+
 def test_a_second_training_in_a_folder_is_refused_and_a_dead_ones_lock_is_taken_over(job, tmp_path):
     run = tmp_path / "run"
     first = began(job, run)
@@ -169,8 +231,6 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_when_there_is_room(jo
     ballast.unlink()
     assert Life(job, run, settings).end(60) == [0, 0]
     assert [row["step"] for row in read_run(run).steps] == list(range(1, 121))
-    from tests.training import trained
-
     theirs = trained(ranks2, job, tmp_path / "whole", *settings)
     assert read_run(run).losses == theirs.losses
 
@@ -199,7 +259,29 @@ def started(job, run, *arguments):
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGHUP"])
+def test_ctrl_c_saves_whatever_signals_the_job_names(job, tmp_path):
+    process = started(job, tmp_path / "run", "--set", "train.steps=100000", "--set", "train.stop_signals=[]")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert states(tmp_path / "run") == [read_run_steps(tmp_path / "run")]
+
+
+def test_a_request_to_one_rank_while_it_starts_ends_all_with_75(job, tmp_path):
+    command = [sys.executable, "-m", "pipeline", "train", str(job), "--run", str(tmp_path / "run"), "--ranks", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run" / "logs" / "rank1.txt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "asked to stop" in errors or "Stopped" in errors
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_the_launcher_passes_a_request_on_and_waits_for_the_save(name, job, tmp_path):
     process = started(job, tmp_path / "run", "--set", "train.steps=100000", "--fresh")
     process.send_signal(signal.Signals[name])
@@ -229,11 +311,15 @@ def test_a_second_ctrl_c_ends_it_at_once(job, tmp_path):
     assert "Stopped at once." in errors
 
 
-def test_a_requeued_command_goes_on_even_with_fresh(job, tmp_path, monkeypatch):
-    run = tmp_path / "runs" / "job"
-    assert zlora("train", job, "--set", "train.steps=3", "--fresh", cwd=tmp_path).returncode == 0
+def test_a_requeued_command_goes_on_with_its_own_run_even_with_fresh(job, tmp_path, monkeypatch):
+    def train(steps):
+        done = zlora("train", job, "--set", f"train.steps={steps}", "--fresh", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    train(3)
+    monkeypatch.setitem(ENVIRONMENT, "SLURM_JOB_ID", "4711")
     monkeypatch.setitem(ENVIRONMENT, "SLURM_RESTART_COUNT", "1")
-    done = zlora("train", job, "--set", "train.steps=5", "--fresh", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "after step 3" in done.stdout
-    assert [row["step"] for row in read_run(run).steps] == [1, 2, 3, 4, 5]
+    assert "goes on" not in train(4), "the run that is there is not this job's: it was stopped before it replaced it"
+    assert "after step 4" in train(5)
+    assert [row["step"] for row in read_run(tmp_path / "runs" / "job").steps] == [1, 2, 3, 4, 5]
