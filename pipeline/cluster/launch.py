@@ -144,7 +144,7 @@ def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
             while not (folder / _STARTED).exists() and all(child.poll() is None for child in children):
                 time.sleep(_POLL_S)
-        return _watch(children, folder)
+        return _watch(children, folder, training=stop_signals is not None)
     except KeyboardInterrupt:
         print("\nStopped at once. What was saved is in the run folder.", file=sys.stderr)
         return 130
@@ -239,7 +239,7 @@ def _thread_defaults(cores: int) -> dict[str, str]:
     }
 
 
-def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
+def _watch(children: list[subprocess.Popen[bytes]], folder: Path, training: bool) -> int:
     """Waits until every rank has ended, or one has failed."""
     deadline = None
     while None in (codes := [child.poll() for child in children]):
@@ -251,7 +251,7 @@ def _watch(children: list[subprocess.Popen[bytes]], folder: Path) -> int:
                 deadline = time.monotonic() + _LEAVE_S
                 # One that was asked while they started has left; the others wait for it, unless they are asked too.
                 for child in children:
-                    if STOPPED in codes and child.poll() is None:
+                    if training and STOPPED in codes and child.poll() is None:
                         child.send_signal(signal.SIGINT)
             if time.monotonic() > deadline:
                 break

@@ -159,7 +159,8 @@ def test_the_cause_is_shown_and_not_its_echo(run, capfd, first, second, code, sh
 
 
 @pytest.mark.parametrize("code", [2, 4, 75, 3])
-def test_the_ranks_exit_code_is_passed_on(run, capfd, code):
+def test_the_ranks_exit_code_is_passed_on(run, capfd, code, monkeypatch):
+    monkeypatch.setattr(launcher, "_LEAVE_S", 1.0)
     assert run(by_rank(SLEEP, say("words", code)), 2)[0] == code
     assert capfd.readouterr().err == "words\n"
 
