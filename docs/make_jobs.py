@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.job.spec import E2E, Base, Evaluate, Jsonl, Lora, Memory, Section, Train
+from pipeline.job.spec import E2E, Base, Dart, Evaluate, Jsonl, Lora, Memory, SamSum, Section, Train, WebNlg, WikiSql
 
 TARGET = Path(__file__).parent / "jobs.md"
 SECTIONS: list[tuple[str, type[Section]]] = [
     ("[base]", Base),
     ('[[methods]] kind = "lora"', Lora),
     ('[task] kind = "e2e"', E2E),
+    ('[task] kind = "webnlg"', WebNlg),
+    ('[task] kind = "dart"', Dart),
+    ('[task] kind = "samsum"', SamSum),
+    ('[task] kind = "wikisql"', WikiSql),
     ('[task] kind = "jsonl"', Jsonl),
     ("[train]", Train),
     ("[evaluate]", Evaluate),

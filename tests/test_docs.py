@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
+import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.job.read import read_job
+from pipeline.job.spec import Task
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,29 +24,48 @@ def test_the_page_of_job_keys_is_the_code(monkeypatch):
     assert (ROOT / "docs" / "jobs.md").read_text() == maker.page(), "run: python docs/make_jobs.py"
 
 
+def test_the_page_of_tasks_has_every_kind():
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    kinds = [get_args(task.model_fields["kind"].annotation)[0] for task in get_args(get_args(Task)[0])]
+    assert len(kinds) == 6
+    assert sorted(re.findall(r"^## `(\w+)`$", page, re.MULTILINE)) == sorted(kinds)
+    for job in re.findall(r"jobs/\w+/\w+\.toml", page):
+        assert (ROOT / job).is_file(), job
+
+
 def test_every_shipped_job_is_valid(tmp_path, monkeypatch):
-    (tmp_path / "data" / "e2e").mkdir(parents=True)
+    for name in ("e2e", "webnlg", "dart"):
+        (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
     jobs = sorted((ROOT / "jobs").rglob("*.toml"))
-    assert len(jobs) == 5
+    assert len(jobs) == 7
     for job in jobs:
         read_job(job)
         assert job.read_text().startswith("# "), f"{job} has no header"
         assert re.search(r"^# (Expected|Published)", job.read_text(), re.MULTILINE), f"{job} states no expected score"
 
 
-def test_the_paper_s_jobs_have_the_paper_s_counts_and_settings(tmp_path, monkeypatch):
-    (tmp_path / "data" / "e2e").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("task", "name", "layers", "width", "published"),
+    [
+        ("e2e", "medium", 24, 1024, 393_216),
+        ("e2e", "large", 36, 1280, 737_280),
+        ("webnlg", "medium", 24, 1024, 393_216),
+        ("dart", "medium", 24, 1024, 393_216),
+    ],
+)
+def test_the_paper_s_jobs_have_the_paper_s_counts_and_settings(tmp_path, monkeypatch, task, name, layers, width, published):
+    (tmp_path / "data" / task).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for name, layers, width, published in (("medium", 24, 1024, 393_216), ("large", 36, 1280, 737_280)):
-        job = read_job(ROOT / "jobs" / "e2e" / f"gpt2_{name}_lora.toml")
-        lora, train = job.methods[0], job.train
-        assert layers * len(lora.targets) * 2 * width * lora.rank == published
-        assert (lora.alpha, lora.dropout) == (32, 0.1)
-        assert (train.batch_examples, train.epochs, train.learning_rate) == (8, 5, 2e-4)
-        assert (train.warmup_steps, train.weight_decay, train.label_smoothing, train.schedule) == (500, 0.01, 0.1, "linear")
-        assert train.clip_norm == 0
+    job = read_job(ROOT / "jobs" / task / f"gpt2_{name}_lora.toml")
+    regularised = task != "dart"
+    lora, train = job.methods[0], job.train
+    assert layers * len(lora.targets) * 2 * width * lora.rank == published
+    assert (lora.alpha, lora.dropout) == (32, 0.1 * regularised)
+    assert (train.batch_examples, train.epochs, train.learning_rate) == (8, 5, 2e-4)
+    assert (train.weight_decay, train.label_smoothing) == (0.01 * regularised, 0.1 * regularised)
+    assert (train.warmup_steps, train.schedule, train.clip_norm) == (500, "linear", 0)
 
 
 def test_the_readme_names_every_folder_and_the_docs_every_command():

@@ -21,7 +21,8 @@ _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
     r"|evaluate\..*|memory\..*"
     # Where base and data lie is free: what they hold is compared by digest.
-    r"|base\.(model|revision)|task\.(data|valid|test)"
+    # Nor does a choice among the test split touch what is trained.
+    r"|base\.(model|revision)|task\.(data|valid|test|test_categories)"
 )
 _DELIBERATE = re.compile(
     r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout)"

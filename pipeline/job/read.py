@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
-from pipeline.job.spec import E2E, Base, Evaluate, Job, Jsonl, Lora, Memory, Train
+from pipeline.job.spec import E2E, Base, Dart, Evaluate, Job, Jsonl, Lora, Memory, SamSum, Train, WebNlg, WikiSql
 from pipeline.job.zero import deepspeed_config
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,14 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "evaluate": Evaluate,
     "memory": Memory,
 }
-_TASKS: dict[str, type[BaseModel]] = {"e2e": E2E, "jsonl": Jsonl}
+_TASKS: dict[str, type[BaseModel]] = {
+    "e2e": E2E,
+    "jsonl": Jsonl,
+    "webnlg": WebNlg,
+    "dart": Dart,
+    "samsum": SamSum,
+    "wikisql": WikiSql,
+}
 _EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
 """Keys of [train] of which a job has one: `--set` of one takes the place of the file's other."""
 

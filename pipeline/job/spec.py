@@ -60,6 +60,36 @@ class E2E(TaskSection):
     kind: Literal["e2e"]
 
 
+class WebNlg(TaskSection):
+    """WebNLG challenge 2017 (Gardent et al. 2017): the official XML folders or the paper's JSON files."""
+
+    kind: Literal["webnlg"]
+    texts: Literal["good", "all"] = "good"
+    """Those that the annotators marked good, as the paper's code takes them, or all."""
+    test_categories: Literal["all", "seen", "unseen"] = "all"
+    """Of the test split: all, or those that are, or are not, in the training split."""
+
+
+class Dart(TaskSection):
+    """DART v1.1.1 (Nan et al. 2021): the official JSON or XML files."""
+
+    kind: Literal["dart"]
+    empty_texts: Literal["refuse", "drop"] = "refuse"
+    """What to do with an empty text among a set's texts; the official test file has one."""
+
+
+class SamSum(TaskSection):
+    """SAMSum dialogues and summaries (Gliwa et al. 2019): the official JSON files, or JSON lines."""
+
+    kind: Literal["samsum"]
+
+
+class WikiSql(TaskSection):
+    """WikiSQL questions and queries (Zhong et al. 2017): the official JSON lines of questions and of tables."""
+
+    kind: Literal["wikisql"]
+
+
 class Jsonl(TaskSection):
     """Your own JSON lines: {"prompt": "...", "completion": "..."}."""
 
@@ -72,7 +102,7 @@ class Jsonl(TaskSection):
     """File of the test split, where `data` is a file."""
 
 
-Task = Annotated[E2E | Jsonl, Field(discriminator="kind")]
+Task = Annotated[E2E | Jsonl | WebNlg | Dart | SamSum | WikiSql, Field(discriminator="kind")]
 
 
 class Train(Section):

@@ -7,7 +7,6 @@ Out: prompt `name : Blue Spice | eatType : coffee shop | area : city centre`, co
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from pathlib import Path
@@ -15,13 +14,12 @@ from pathlib import Path
 from pipeline.job.errors import JobError
 from pipeline.job.spec import E2E, Split
 from pipeline.tasks.example import Example
+from pipeline.tasks.files import lines, split_path
+from pipeline.tasks.hub import HubCopy, from_hub
 
 _CSV = {"train": "trainset.csv", "valid": "devset.csv", "test": "testset_w_refs.csv"}
 _TEXT = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
-_HUB = "tuetschek/e2e_nlg"
-_HUB_REVISION = "refs/convert/parquet"
-"""The main branch holds a loading script, which `datasets` no longer runs; the hub keeps its result on this one."""
-_HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+_HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
 _FIELD = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*")
 
 
@@ -32,15 +30,9 @@ def read_e2e(task: E2E, split: Split) -> list[Example]:
         JobError: the folder holds neither format, or a line is malformed.
     """
     if task.data is None:
-        return _from_hub(split)
-    folder = Path(task.data)
-    if folder.is_file():
-        raise JobError(f"task.data = {folder}: is a file. Name the folder that holds {_CSV[split]} or {_TEXT[split]}.")
-    if (file := folder / _CSV[split]).is_file():
-        return _from_csv(file)
-    if (file := folder / _TEXT[split]).is_file():
-        return _from_text(file)
-    raise JobError(f"{folder}: no E2E {split} file. Put {_CSV[split]} (official) or {_TEXT[split]} (the paper's tokenised text) there.")
+        return from_hub(_HUB, split, lambda row, where: [_example([row["meaning_representation"], row["human_reference"]], where)])
+    file = split_path(Path(task.data), (_CSV[split], _TEXT[split]), f"E2E {split}")
+    return _from_csv(file) if file.suffix == ".csv" else _from_text(file)
 
 
 def linearise(meaning: str) -> str:
@@ -62,19 +54,18 @@ def linearise(meaning: str) -> str:
 
 def _from_csv(file: Path) -> list[Example]:
     examples = []
-    with io.StringIO(_utf8(file), newline="") as stream:
-        rows = csv.reader(stream, strict=True)
+    rows, line = csv.reader((text for _, text in lines(file)), strict=True), 1
+    try:
         header = next(rows, None)
         if header != ["mr", "ref"]:
             raise JobError(f'{file}:1: the columns are {header}, not "mr" and "ref". Is this the official file?')
         line = rows.line_num + 1
-        try:
-            for row in rows:
-                if row:
-                    examples.append(_example(row, f"{file}:{line}"))
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
+        for row in rows:
+            if row:
+                examples.append(_example(row, f"{file}:{line}"))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
     return examples
 
 
@@ -92,7 +83,7 @@ def _example(row: list[str], where: str) -> Example:
 
 def _from_text(file: Path) -> list[Example]:
     examples = []
-    for number, line in enumerate(_utf8(file).split("\n"), 1):
+    for number, line in lines(file):
         if not line.strip():
             continue
         context, bars, reference = line.partition("||")
@@ -100,29 +91,3 @@ def _from_text(file: Path) -> list[Example]:
             raise JobError(f"{file}:{number}: not of the form context||reference. Mend the line.")
         examples.append(Example(context.strip(), " " + reference.strip(), f"{file}:{number}"))
     return examples
-
-
-def _utf8(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise JobError(f"{file}: not UTF-8 text ({error}). Convert the file.") from None
-
-
-def _from_hub(split: Split) -> list[Example]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(_HUB, revision=_HUB_REVISION, split=_HUB_SPLITS[split])
-    except Exception as error:  # the hub's failures have no common type
-        raise JobError(
-            f'task.data: absent, and the hub\'s copy "{_HUB}" cannot be had ({type(error).__name__}: {_first_line(error)}). '
-            "Name a folder with the official CSV files in task.data."
-        ) from None
-    return [
-        _example([row["meaning_representation"], row["human_reference"]], f"{_HUB}/{split}:{number}") for number, row in enumerate(rows, 1)
-    ]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Jsonl, Split
 from pipeline.tasks.example import Example
+from pipeline.tasks.json_rows import field, json_lines
 
 
 def read_jsonl(task: Jsonl, split: Split) -> list[Example]:
@@ -23,13 +23,11 @@ def read_jsonl(task: Jsonl, split: Split) -> list[Example]:
     if not file.is_file():
         raise JobError(f"{file}: not a file. Name the {split} split's JSON-lines file.")
     examples = []
-    with file.open(encoding="utf-8-sig") as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    examples.append(_example(line, f"{file}:{number}"))
-        except UnicodeDecodeError as error:
-            raise JobError(f"{file}: not UTF-8 text ({error}). Convert the file.") from None
+    for row, where in json_lines(file):
+        prompt, completion = field(row, "prompt", str, where), field(row, "completion", str, where)
+        if not completion:
+            raise JobError(f'{where}: "completion" is empty: there is nothing to learn. Mend or remove the line.')
+        examples.append(Example(prompt, completion, where))
     return examples
 
 
@@ -42,23 +40,3 @@ def split_file(task: Jsonl, split: Split) -> Path | None:
         file = Path(task.data) / f"{split}.jsonl"
         return file if file.is_file() else None
     return Path(task.data) if split == "train" else None
-
-
-def _example(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise JobError(f"{where}: not valid JSON: {error.msg} at column {error.colno}. Mend the line.") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
-        raise JobError(f"{where}: not readable JSON: {error}. Mend the line.") from None
-    if not isinstance(row, dict):
-        raise JobError(f'{where}: not an object with "prompt" and "completion". Mend the line.')
-    for key in ("prompt", "completion"):
-        if not isinstance(row.get(key), str):
-            found = f"has {', '.join(sorted(map(str, row)))}" if key not in row else f"it is {type(row[key]).__name__}, not text"
-            raise JobError(f'{where}: "{key}" is missing or not text ({found}). Mend the line.')
-        if any("\ud800" <= character <= "\udfff" for character in row[key]):
-            raise JobError(f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.')
-    if not row["completion"]:
-        raise JobError(f'{where}: "completion" is empty: there is nothing to learn. Mend or remove the line.')
-    return Example(row["prompt"], row["completion"], where)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E, Jsonl, Split
+from pipeline.job.spec import E2E, Dart, Jsonl, SamSum, Split, Task, WebNlg, WikiSql
+from pipeline.tasks.dart import read_dart
 from pipeline.tasks.e2e import read_e2e
 from pipeline.tasks.example import Example
 from pipeline.tasks.jsonl import read_jsonl, split_file
+from pipeline.tasks.samsum import read_samsum
+from pipeline.tasks.webnlg import read_webnlg
+from pipeline.tasks.wikisql import read_wikisql
 
 
-def read_examples(task: E2E | Jsonl, split: Split) -> list[Example]:
+def read_examples(task: Task, split: Split) -> list[Example]:
     """All examples of a split, in file order.
 
     Raises:
@@ -18,24 +22,36 @@ def read_examples(task: E2E | Jsonl, split: Split) -> list[Example]:
     match task:
         case E2E():
             examples = read_e2e(task, split)
+        case WebNlg():
+            examples = read_webnlg(task, split)
+        case Dart():
+            examples = read_dart(task, split)
+        case SamSum():
+            examples = read_samsum(task, split)
+        case WikiSql():
+            examples = read_wikisql(task, split)
         case Jsonl():
             examples = read_jsonl(task, split)
     if not examples:
-        raise JobError(f"task.data = {task.data}: the {split} split has no examples. Give it at least one.")
+        raise JobError(f"task.data = {task.data or '(the hub)'}: the {split} split has no examples. Give it at least one.")
     return examples
 
 
-def separator_text(task: E2E | Jsonl, end_token: str) -> str:
-    """What stands between prompt and completion: the paper's end token for its tasks, nothing for your own texts."""
+def separator_text(task: Task, end_token: str) -> str:
+    """What stands between prompt and completion: each task's own, nothing for your own texts."""
     if task.separator is not None:
         return task.separator
-    return "" if isinstance(task, Jsonl) else end_token
-
-
-def has_split(task: E2E | Jsonl, split: Split) -> bool:
-    """Whether the task has this split; your own data may lack some."""
     match task:
-        case E2E():
-            return True
+        case E2E() | WebNlg() | Dart():
+            return end_token
+        case SamSum():
+            return "\n\n"
+        case WikiSql():
+            return "\nA:"
         case Jsonl():
-            return split_file(task, split) is not None
+            return ""
+
+
+def has_split(task: Task, split: Split) -> bool:
+    """Whether the task has this split; your own data may lack some."""
+    return split_file(task, split) is not None if isinstance(task, Jsonl) else True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from pipeline.job.changes import Verdict, _flat, _verdict, changes, refuse_changes
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Job
+from pipeline.job.spec import Job, Task
 
 FREE = {
-    "base.model", "base.revision", "task.data", "task.valid", "task.test",
+    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories",
     "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
     "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
@@ -21,21 +23,26 @@ DELIBERATE = {
 }  # fmt: skip
 NEVER = {
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.separator",
-    "task.too_long", "train.batch_examples", "train.max_tokens", "train.seed",
+    "task.too_long", "task.texts", "task.empty_texts", "train.batch_examples", "train.max_tokens", "train.seed",
 }  # fmt: skip
 
 
 def job(**changed):
     sections = {"base": {"model": "gpt2"}, "methods": [{"kind": "lora"}], "task": {"kind": "jsonl", "data": "d"}, "train": {}}
     for path, value in changed.items():
-        section, key = path.split("__")
+        section, _, key = path.partition("__")
+        if not key:
+            sections[section] = value
+            continue
         place = sections[section][0] if section == "methods" else sections.setdefault(section, {})
         place[key] = value
     return Job.model_validate(sections)
 
 
 def test_every_key_has_the_verdict_it_was_given():
-    keys = set(_flat("", job().model_dump(mode="json")))
+    tasks = ({"kind": "jsonl", "data": "d"}, *({"kind": kind} for kind in ("e2e", "webnlg", "dart", "samsum", "wikisql")))
+    assert len(tasks) == len(get_args(get_args(Task)[0]))
+    keys = {key for task in tasks for key in _flat("", job(task=task).model_dump(mode="json"))}
     assert keys == FREE | DELIBERATE | NEVER
     for verdict, group in ((Verdict.FREE, FREE), (Verdict.DELIBERATE, DELIBERATE), (Verdict.NEVER, NEVER)):
         assert {key for key in keys if _verdict(key) is verdict} == group

@@ -117,10 +117,10 @@ def test_a_malformed_text_line_is_named(tmp_path, line):
     assert "train.txt:3: not of the form context||reference" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["trainset.csv", "train.txt"])
-def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path, name):
-    (tmp_path / name).write_bytes(b"mr,ref\nname[a],caf\xe9||x\n")
-    assert f"{name}: not UTF-8 text" in refused(tmp_path)
+@pytest.mark.parametrize(("name", "first"), [("trainset.csv", b"mr,ref"), ("train.txt", b"name : a||A place .")])
+def test_a_line_that_is_not_utf8_is_named(tmp_path, name, first):
+    (tmp_path / name).write_bytes(first + b"\nname[a],caf\xe9||x\n")
+    assert f"{name}:2: not UTF-8 text (byte 0xe9 at column 12)" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_malformed_line_is_named(tmp_path, line, part):
 def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_bytes(GOOD.encode() + b'{"prompt": "\xe9", "completion": "b"}\n')
-    assert refused(file).startswith(f"{file}: not UTF-8 text")
+    assert refused(file).startswith(f"{file}:2: not UTF-8 text")
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path):

@@ -1,0 +1,44 @@
+"""Files of data -> lines of text, with file and line for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.job.errors import JobError
+
+
+def split_path(folder: Path, names: tuple[str, ...], what: str) -> Path:
+    """The first of `names` that is in the folder.
+
+    Raises:
+        JobError: the folder is a file, or holds none of them.
+    """
+    listed = " or ".join(names)
+    if folder.is_file():
+        raise JobError(f"task.data = {folder}: is a file. Name the folder that holds {listed}.")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise JobError(f"{folder}: no {what} file. Put {listed} there.")
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Each line with its number, its end included. Only a line feed ends a line, whatever Unicode says.
+
+    Raises:
+        JobError: a line is not UTF-8.
+    """
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+                raise JobError(f"{file}:{number}: not UTF-8 text ({what}). Convert the file.") from None
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def whole_text(file: Path) -> str:
+    """The file's text without a byte order mark."""
+    return "".join(line for _, line in lines(file))

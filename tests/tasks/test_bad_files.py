@@ -1,0 +1,131 @@
+"""What every task says of a file that is broken as a whole: not UTF-8, cut short, empty, with a line of a megabyte."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from pipeline.job.errors import JobError
+from pipeline.job.spec import E2E, Dart, Jsonl, SamSum, WebNlg, WikiSql
+from pipeline.tasks.example import Sequence
+from pipeline.tasks.json_rows import json_array
+from pipeline.tasks.open import read_examples
+from pipeline.tasks.tokens import fit
+from tests.tasks.reading import refused
+
+TABLE = json.dumps({"id": "1", "header": ["a"], "types": ["text"]})
+# The kind of task, its training file, and that file with two good examples; the second on its second line.
+FILES = {
+    "csv": (E2E, "trainset.csv", "mr,ref\nname[a],TEXT"),
+    "text": (E2E, "train.txt", "name : a||A place .\nname : a||TEXT"),
+    "xml": (
+        WebNlg,
+        "train/a.xml",
+        '<entries><entry eid="1" category="City"><modifiedtripleset><mtriple>a | b | c</mtriple></modifiedtripleset>\n'
+        '<lex comment="good">TEXT</lex></entry></entries>',
+    ),
+    "list in an object": (
+        WebNlg,
+        "train.json",
+        '{"entries": [\n{"1": {"category": "City", "modifiedtripleset": [{"subject": "a", "property": "b", "object": "c"}], '
+        '"lexicalisations": [{"comment": "good", "lex": "TEXT"}]}}]}',
+    ),
+    "list": (Dart, "dart-v1.1.1-full-train.json", '[\n{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "TEXT"}]}]'),
+    "lines": (SamSum, "train.jsonl", '\n{"id": "1", "dialogue": "a", "summary": "TEXT"}'),
+    "questions": (WikiSql, "train.jsonl", '\n{"table_id": "1", "question": "TEXT", "sql": {"sel": 0, "agg": 0, "conds": []}}'),
+    "own": (Jsonl, "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
+}
+
+
+@pytest.fixture(params=FILES)
+def broken(request, tmp_path):
+    """Writes the task's training file with a text, or cut; gives the task and the file."""
+    kind, name, whole = FILES[request.param]
+    (tmp_path / "train.tables.jsonl").write_text(TABLE)
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+
+    def make(text=b"A place .", cut=0):
+        content = whole.encode().replace(b"TEXT", text)
+        file.write_bytes(content[: len(content) - cut])
+        return kind(kind=kind.model_fields["kind"].annotation.__args__[0], data=str(tmp_path)), file
+
+    return make
+
+
+def test_a_good_file_is_read(broken):
+    task, file = broken()
+    assert read_examples(task, "train")[-1].source == f"{file}:2"
+
+
+def test_what_is_not_utf8_is_named_by_its_line(broken):
+    task, file = broken("Ein Café".encode("latin-1"))
+    message = refused(task)
+    assert message.startswith(f"{file}:2: not UTF-8 text (byte 0xe9")
+
+
+def test_utf16_is_named(broken):
+    task, file = broken()
+    file.write_bytes(file.read_text().encode("utf-16"))
+    assert refused(task).startswith(f"{file}:1: not UTF-8 text (byte 0xff at column 1)")
+
+
+def test_a_file_cut_short_is_named_by_its_line_or_read_whole(broken):
+    task, file = broken(cut=3)
+    if file.suffix in (".csv", ".txt"):  # a shorter text is a text
+        assert read_examples(task, "train")[-1].completion == " A plac"
+    else:
+        assert refused(task).startswith(f"{file}:2: not")
+
+
+def test_an_empty_file_is_named(broken):
+    task, file = broken()
+    file.write_bytes(b"")
+    assert str(file.parent if file.suffix == ".jsonl" or file.suffix == ".txt" else file) in refused(task)
+
+
+def test_a_line_of_a_megabyte_is_read_at_once_and_named_by_its_tokens(broken):
+    task, file = broken(b"a place " * 131_072)
+    begin = time.monotonic()
+    if file.suffix == ".csv":
+        assert refused(task).startswith(f"{file}:2: not valid CSV (field larger than field limit (131072))")
+        return
+    examples = read_examples(task, "train")
+    assert time.monotonic() - begin < 5
+    sequences = [Sequence((0,) * (len(example.prompt) + len(example.completion)), 1) for example in examples]
+    with pytest.raises(JobError) as caught:
+        fit(examples, sequences, 1024, "refuse")
+    assert str(caught.value).startswith(f"{file}:2: 1")
+    assert "1 of" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "1: not a JSON list as expected: the end of the file where [ belongs"),
+        ("\n{}", '2: not a JSON list as expected: "{}" where [ belongs'),
+        ("[{},\n{}\n{}]", '3: not a JSON list as expected: "{}]" where , belongs'),
+        ("[{},\n]", "2: not valid JSON: Expecting value at column 1"),
+        ('[{},\n{"a":\n1,}]', "3: not valid JSON"),
+        ("[{},\n\n3]", "3: int, not an object of named fields"),
+        ("[{}]\n[{}]", "2: text after the end of the list"),
+        ("[" + "[" * 100_000, "1: not readable JSON"),
+        ("[\n" + "9" * 5000 + "]", "2: not readable JSON"),
+    ],
+)
+def test_a_list_that_is_none_is_named_by_its_line(tmp_path, text, part):
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with pytest.raises(JobError) as caught:
+        list(json_array(file))
+    assert str(caught.value).startswith(f"{file}:{part}")
+
+
+def test_a_list_gives_each_object_with_the_line_where_it_begins(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'\xef\xbb\xbf{ "all":\r\n [ {"a":\r\n1} , {},\r\n\r\n{"b": "\xe2\x80\xa8"}\r\n]\r\n}\r\n')
+    assert list(json_array(file, "all")) == [({"a": 1}, f"{file}:2"), ({}, f"{file}:3"), ({"b": "\u2028"}, f"{file}:5")]
+    file.write_text(" [ ] ")
+    assert list(json_array(file)) == []
