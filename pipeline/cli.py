@@ -107,7 +107,7 @@ def evaluate(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's delta: perplexity, and BLEU of greedy generations; write the predictions.
+    """Score a run's delta: perplexity, and BLEU of generated texts; write the predictions.
 
     Example: zlora evaluate runs/local --set evaluate.max_prompts=100
     """

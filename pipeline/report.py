@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.launch import started_here
+from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
 from pipeline.job.spec import Job
 from pipeline.methods.attach import Delta
@@ -55,6 +56,7 @@ def show_start(
 def show_scores(screen: Screen, title: str, scores: Scores) -> None:
     """Metrics, and the first few texts beside a reference."""
     rows = [(name, f"{value:.2f}") for name, value in scores.metrics.items()]
+    rows.append(("generated with", _gathering_text(scores.gathering)))
     if scores.too_long:
         rows.append(("too long", f"{scores.too_long:,} examples did not fit the context and were cut or left out"))
     for prediction in scores.predictions[:_SHOWN]:
@@ -72,6 +74,13 @@ def stopped_text(step: int, steps: int, cause: str | None) -> str:
     command = shlex.join(["zlora", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
     how = command if started_here() else "the same command again, without --fresh"
     return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved. To go on: {how}"
+
+
+def _gathering_text(gathering: Gathering) -> str:
+    if not gathering.sharded:
+        return "the base whole on every rank"
+    sizes = f"{size_text(gathering.needed_bytes)} needed, {size_text(gathering.free_bytes)} free on each rank"
+    return f"the base gathered {'in each pass' if gathering.each_pass else 'once'} ({sizes})"
 
 
 def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again: bool = False) -> None:

@@ -1,6 +1,9 @@
-"""Greedy generation on a sharded base: all ranks leave the loop together, because every forward pass is a collective.
+"""Generation over ranks: every rank continues its share of the prompts.
 
-Shapes: B prompts of a batch, S tokens seen so far.
+Where the base is whole on every rank, each goes at its own pace. Where it is sharded, every forward pass is a collective: all
+ranks leave a batch together, and one that has nothing left to do keeps the others company.
+
+Shapes: B prompts of a batch, R rows (B x beams that still run), S tokens seen so far.
 """
 
 from __future__ import annotations
@@ -11,25 +14,29 @@ import torch
 import torch.distributed as dist
 from transformers import DynamicCache
 
+from pipeline.evaluate.search import Search
+from pipeline.job.spec import Decoding
 from pipeline.model.causal import Causal, Decode
 from pipeline.train.engine import Ranks, StopAgreed
 
 
-def generate_greedy(
+def generate(
     root: Causal,
     prompts: list[list[int]],
     ranks: Ranks,
-    batch_prompts: int,
-    max_new_tokens: int,
+    decoding: Decoding,
+    end_ids: tuple[int, ...],
     context: int,
-    end_id: int,
+    sharded: bool,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[list[int]]:
-    """Continues every prompt until its end token, `max_new_tokens` or the context's end.
+    """Continues every prompt until an end token, `max_new_tokens` or the context's end.
 
     Args:
-        prompts: the same list on every rank; each rank generates its share.
+        prompts: the same list on every rank.
+        end_ids: the first one also pads.
         context: positions the model has.
+        sharded: forward passes gather the base, so all ranks must make the same ones.
         progress: wraps the iteration over batches, for a progress bar.
 
     Raises:
@@ -38,42 +45,74 @@ def generate_greedy(
     Returns:
         The new tokens of each prompt, end token included where there is one, on every rank.
     """
+    # Like lengths together, so that little is padded; the longest first, so that what does not fit memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    share = order[ranks.rank :: ranks.count]
-    rounds = -(-len(order[:: ranks.count]) // batch_prompts)
+    shares = [_batches(order[rank :: ranks.count], prompts, decoding) for rank in range(ranks.count)]
     mine: dict[int, list[int]] = {}
-    for number in progress(range(rounds)):
-        chosen = share[number * batch_prompts : (number + 1) * batch_prompts]
-        texts = _continue(root, [prompts[i] for i in chosen] or [[end_id]], ranks, max_new_tokens if chosen else 0, context, end_id)
-        mine.update(zip(chosen, texts, strict=False))
+    for number in progress(range(max(map(len, shares)))):
+        if ranks.any(ranks.stop.asked)[0]:
+            raise StopAgreed
+        chosen = shares[ranks.rank][number] if number < len(shares[ranks.rank]) else []
+        rooms = [min(decoding.max_new_tokens, context - len(prompts[i])) for i in chosen]
+        search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, chosen)
+        _run(root, search, ranks, end_ids[0], context, sharded)
+        mine.update(zip(chosen, search.results(), strict=True))
     parts: list[dict[int, list[int]] | None] = [None] * ranks.count
     dist.all_gather_object(parts, mine)
     together = {index: tokens for part in parts if part for index, tokens in part.items()}
     return [together[index] for index in range(len(prompts))]
 
 
+def _batches(share: list[int], prompts: list[list[int]], decoding: Decoding) -> list[list[int]]:
+    """Runs of prompts that together stay within `batch_tokens`, one at least; a batch is as long as its first prompt."""
+    batches: list[list[int]] = []
+    for index in share:
+        if batches:
+            rows = (len(batches[-1]) + 1) * decoding.beams
+            if rows * (len(prompts[batches[-1][0]]) + decoding.max_new_tokens) <= decoding.batch_tokens:
+                batches[-1].append(index)
+                continue
+        batches.append([index])
+    return batches
+
+
 @torch.no_grad()
-def _continue(root: Causal, prompts: list[list[int]], ranks: Ranks, max_new_tokens: int, context: int, end_id: int) -> list[list[int]]:
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[end_id] * (longest - len(p)) + p for p in prompts], device=ranks.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=ranks.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=root.model.config)
-    new: list[list[int]] = [[] for _ in prompts]
-    room = [min(max_new_tokens, context - len(p)) for p in prompts]
+def _run(root: Causal, search: Search, ranks: Ranks, pad_id: int, context: int, sharded: bool) -> None:
+    prompts = [text.prompt for text in search.open]
+    beams = len(search.open[0].rows) if search.open else 1
+    longest = max(map(len, prompts), default=1)
+    tokens = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], dtype=torch.long, device=ranks.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long, device=ranks.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, first = DynamicCache(config=root.model.config), True
     while True:
-        open_rows = [row for row, text in enumerate(new) if len(text) < room[row] and (not text or text[-1] != end_id)]
-        remains, stop = ranks.any(bool(open_rows), ranks.stop.asked)
-        if stop:
-            raise StopAgreed
-        if not remains:
-            return new
+        if sharded:
+            remains, stop = ranks.any(bool(search.open), ranks.stop.asked)
+            if stop:
+                raise StopAgreed
+            if not remains:
+                return
+            if not search.open:
+                root(decode=_company(root, pad_id, ranks))
+                continue
+        elif not search.open:
+            return
         ranks.watch.at("generating")
         (logits,) = root(decode=Decode(tokens, mask, positions, cache))
-        chosen = logits.argmax(-1)
-        for row, token in zip(open_rows, chosen[open_rows].tolist(), strict=True):
-            new[row].append(token)
-        tokens = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        # Rows that are done keep the others company; their positions must stay inside the table.
+        if first and beams > 1:
+            logits, mask, positions = (part.repeat_interleave(beams, 0) for part in (logits, mask, positions))
+            cache.batch_repeat_interleave(beams)
+        first = False
+        choice = search.advance(logits)
+        if len(choice.rows) != len(logits) or beams > 1:
+            cache.reorder_cache(choice.rows)
+            mask, positions = mask[choice.rows], positions[choice.rows]
+        tokens = choice.tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = (positions[:, -1:] + 1).clamp(max=context - 1)
+
+
+def _company(root: Causal, pad_id: int, ranks: Ranks) -> Decode:
+    """One token that nobody reads: the smallest pass that takes part in all gathers."""
+    one = torch.ones(1, 1, dtype=torch.long, device=ranks.device)
+    return Decode(one * pad_id, one, one * 0, DynamicCache(config=root.model.config))

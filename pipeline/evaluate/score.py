@@ -10,7 +10,8 @@ from pathlib import Path
 
 import sacrebleu
 
-from pipeline.evaluate.generate import generate_greedy
+from pipeline.evaluate.gather import Gathering, choose
+from pipeline.evaluate.generate import generate
 from pipeline.evaluate.perplexity import perplexity
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
@@ -47,6 +48,7 @@ class Scores:
     """perplexity; bleu from 0 to 100."""
     predictions: list[Prediction]
     too_long: int
+    gathering: Gathering
 
 
 def score(
@@ -66,18 +68,18 @@ def score(
     """
     root.eval()
     context = root.model.config.max_position_embeddings
-    ids = generate_greedy(
-        root, data.prompt_tokens, ranks, evaluate.batch_prompts, evaluate.max_new_tokens, context, tokens.end_id, progress
-    )
-    texts = [tokens.text(new) for new in ids]
-    metrics = {
-        "perplexity": perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing),
-        "bleu": bleu(texts, [prompt.references for prompt in data.prompts]),
-    }
+    ends = (tokens.end_id, *evaluate.eos_tokens)
+    engine.release()
+    gathering = choose(root, evaluate, ranks)
+    with gathering.held(root):
+        ids = generate(root, data.prompt_tokens, ranks, evaluate, ends, context, gathering.each_pass, progress)
+        fit = perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing)
+    texts = [tokens.text(new, ends) for new in ids]
+    metrics = {"perplexity": fit, "bleu": bleu(texts, [prompt.references for prompt in data.prompts])}
     engine.release()
     root.train()
     predictions = [Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)]
-    return Scores(data.split, metrics, predictions, data.too_long)
+    return Scores(data.split, metrics, predictions, data.too_long, gathering)
 
 
 def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:

@@ -160,7 +160,46 @@ class Train(Section):
         return self
 
 
-class Evaluate(Section):
+class Decoding(Section):
+    """How texts are generated."""
+
+    max_new_tokens: PositiveInt = 64
+    """Longest generated text."""
+    beams: PositiveInt = 1
+    """Beam search over so many; 1: greedy."""
+    length_penalty: float = 1.0
+    """A beam's score is its log-probability / new tokens ** this. The paper: 0.9 for E2E, 0.8 for WebNLG and DART."""
+    early_stopping: bool = False
+    """End a text's search as soon as `beams` texts are finished, not when none running can be better."""
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
+    """No run of so many tokens comes twice; 0: no rule. The paper: 4."""
+    ngram_scope: Literal["all", "generated"] = "all"
+    """Where runs are looked for: in prompt and text, as transformers does, or in the generated text only, as the paper's decoder does."""
+    eos_tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    """Token ids that end a text, beside the tokenizer's end token. The paper's decoder has 628, an empty line."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Draw tokens from the softmax of logits / temperature; 0: take the likeliest."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from the likeliest so many; 0: from all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the likeliest that have this share together."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    """Of the draws. A text's draws depend on it and the prompt's place only."""
+    batch_tokens: PositiveInt = 16384
+    """Tokens of one batch on one rank, prompts and room for new ones, times beams: the memory knob."""
+    gather: Literal["auto", "once", "each_pass"] = "auto"
+    """Under ZeRO-3: the whole base on every rank while scoring, or each layer as each pass needs it. auto: once where it fits."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Decoding:
+        if self.beams > 1 and self.temperature:
+            raise ValueError("beams and temperature are both given. Keep one of them.")
+        return self
+
+
+class Evaluate(Decoding):
+    """Scores during and after training; the keys of generation included."""
+
     split: Split = "valid"
     """Scored during training. `zlora evaluate` scores the test split unless told otherwise."""
     at_start: bool = False
@@ -169,10 +208,6 @@ class Evaluate(Section):
     """Also score this often; the end of training always is."""
     max_prompts: PositiveInt | None = None
     """Score the first so many prompts only."""
-    max_new_tokens: PositiveInt = 64
-    """Longest generated text."""
-    batch_prompts: PositiveInt = 32
-    """Prompts generated together on one rank."""
 
 
 class Memory(Section):

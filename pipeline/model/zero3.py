@@ -6,10 +6,13 @@ in `ds_tensor`, the last runs padded with zeros. Written against deepspeed 0.19.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
 from pydantic import ValidationError
 from torch import nn
@@ -91,3 +94,39 @@ def run_of(parameter: nn.Parameter) -> tuple[int, int]:
 def shard_bytes(model: nn.Module) -> int:
     """Bytes of the base that this rank holds between steps."""
     return sum(shard_of(p).numel() * shard_of(p).element_size() for p in model.parameters())
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """Bytes of the whole base."""
+    return sum(numel_of(p) * p.element_size() for p in model.parameters())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+@contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """Every parameter whole on every rank while the block runs, and no hooks: passes are plain ones, and the ranks independent.
+
+    One all-gather a parameter at the beginning. The trace of training is not touched.
+    """
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in root.modules()]
+    # Any: see Partitioner.
+    parameters: list[Any] = [p for p in root.parameters() if getattr(p, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE]
+    try:
+        for parameter in parameters:
+            shard = parameter.ds_tensor.to(parameter.device)
+            whole = shard.new_empty(shard.numel() * parameter.ds_zero_partition_world_size)
+            dist.all_gather_into_tensor(whole, shard)
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        for module, _, _ in hooks:
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+        for parameter in parameters:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE

@@ -66,9 +66,9 @@ class Tokens:
                 sequences.append(Sequence((*prompt, *completion, self.end_id), len(prompt)))
         return sequences
 
-    def text(self, ids: list[int]) -> str:
-        """Generated ids as text, up to the end token."""
-        kept = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+    def text(self, ids: list[int], end_ids: tuple[int, ...]) -> str:
+        """Generated ids as text, up to the first end token."""
+        kept = ids[: next((place for place, token in enumerate(ids) if token in end_ids), len(ids))]
         return self._tokenizer.decode(kept, skip_special_tokens=True).strip()
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

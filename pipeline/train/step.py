@@ -100,14 +100,14 @@ class Stepper:
         gradient = self._flat[:-2]
         gradient /= scale
         norm = float(gradient.norm())
-        loss, stop = float(self._flat[-2]), bool(self._flat[-1])
+        loss, stop = self._flat[-2:].tolist()
         if math.isfinite(norm) and math.isfinite(loss):
             self._update(gradient, norm, learning_rate)
-            return StepResult(loss, norm, scale, False, False, (), stop)
+            return StepResult(loss, norm, scale, False, False, (), bool(stop))
         bad = not math.isfinite(loss) or self._scale is None or self._scale <= 1.0
         suspects = tuple(number for number, own in enumerate(losses) if not math.isfinite(own)) if bad else ()
         self._skip(lower_scale=not bad)
-        return StepResult(loss, norm, scale, True, bad, suspects, stop)
+        return StepResult(loss, norm, scale, True, bad, suspects, bool(stop))
 
     def progress(self) -> dict[str, Any]:
         """The counters that belong to the optimizer, by their names in a state's `Progress`."""

@@ -15,7 +15,9 @@ FREE = {
     "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
     "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
-    "evaluate.batch_prompts", "memory.config", "memory.gradient_checkpointing",
+    "evaluate.batch_tokens", "evaluate.gather", "evaluate.beams", "evaluate.length_penalty", "evaluate.early_stopping",
+    "evaluate.no_repeat_ngram", "evaluate.ngram_scope", "evaluate.eos_tokens", "evaluate.temperature", "evaluate.top_k", "evaluate.top_p",
+    "evaluate.seed", "memory.config", "memory.gradient_checkpointing",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",

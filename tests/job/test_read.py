@@ -63,7 +63,15 @@ at_start = true
 every_steps = 5
 max_prompts = 9
 max_new_tokens = 11
-batch_prompts = 2
+batch_tokens = 2000
+beams = 4
+length_penalty = 0.8
+early_stopping = true
+no_repeat_ngram = 4
+ngram_scope = "generated"
+eos_tokens = [628]
+seed = 5
+gather = "once"
 
 [memory]
 config = "zero0.json"
@@ -141,7 +149,7 @@ def test_an_unknown_section_is_refused_with_the_nearest_valid_name():
 
 def test_an_unknown_key_that_resembles_nothing_is_answered_with_all_names():
     message = refused(f"{SHORT}[evaluate]\nzzzz = 1\n")
-    for known in ("split", "at_start", "every_steps", "max_prompts", "max_new_tokens", "batch_prompts"):
+    for known in ("split", "at_start", "every_steps", "max_prompts", "max_new_tokens", "batch_tokens", "beams"):
         assert known in message
 
 

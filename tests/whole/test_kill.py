@@ -13,7 +13,7 @@ from tests.training import read_run, trained, write_job
 
 KILLS = 24
 SAVE_EVERY = 6
-SETTINGS = ("train.steps=450", "methods.0.dropout=0.1", f"train.save_every_steps={SAVE_EVERY}")
+SETTINGS = ("train.steps=360", "methods.0.dropout=0.1", f"train.save_every_steps={SAVE_EVERY}")
 TIMES = {"target_tokens_per_s", "examples_per_s", "step_s", "seconds", "peak_memory_bytes"}
 
 
@@ -59,13 +59,14 @@ def test_a_chain_of_kills_ends_where_an_uninterrupted_run_does(gpt2_base, ranks2
                 time.sleep(rng.uniform(0.0, 0.03))
         writing = bool(list((run / "state").glob(".step-*")))
         life.kill(rng.randrange(2))
-        codes = life.end(timeout_s=20)
+        # One whose peer never came to the meeting point waits there until somebody ends it, as the launcher does.
+        codes = life.end(timeout_s=4)
         assert -9 in codes
         moments["writing" if writing else "training" if steps_done(run) > before else "starting"] += 1
         reached = max(steps_done(run), before)
         states = sorted(int(p.name[5:]) for p in (run / "state").glob("step-*"))
         lost.append(reached - (states[-1] if states else 0))
-        assert steps_done(run) < 450, "the chain must not reach the end by itself"
+        assert steps_done(run) < 360, "the chain must not reach the end by itself"
     assert len(lost) == KILLS
     assert min(moments.values()) >= 1, moments
     # What one write takes is bounded by the next save, which waits for it.
