@@ -102,11 +102,17 @@ def _challenge(predictions: list[str], references: list[list[str]], lowercase: b
 
     return _split(
         {
-            "BLEU": bleu(predictions, references, "none", lowercase=lowercase, smooth=False),
+            "BLEU": bleu(predictions, padded(references), "none", lowercase=lowercase, smooth=False),
             "METEOR": meteor(predictions, references),
             "TER": ter_tercom(predictions, references),
         }
     )
+
+
+def padded(references: list[list[str]]) -> list[list[str]]:
+    """Groups of one size: multi-bleu.perl reads a missing reference as an empty one, whose length can be the nearest to a short text's."""
+    most = max(map(len, references))
+    return [group + [""] * (most - len(group)) for group in references]
 
 
 def _wikisql(predictions: list[str], references: list[str]) -> dict[str, float]:
