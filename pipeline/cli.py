@@ -173,7 +173,7 @@ def score(
 ) -> None:
     """Score any file by a task's metrics, equal to the official scripts'.
 
-    Example: zlora score --task e2e --predictions predictions.txt --references references.txt
+    Example: zlora score --task e2e --predictions out.txt --references refs.txt
     """
     from pipeline.evaluate.metrics.choose import metrics_of
     from pipeline.evaluate.metrics.read import read_scored
