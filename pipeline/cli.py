@@ -158,6 +158,38 @@ def merge(
     Screen(sys.stdout).table("done", rows)
 
 
+@app.command()
+def score(
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, or a GLUE task: cola, ...")],
+    predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's .jsonl.")],
+    references: Annotated[
+        Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option("--script", help="e2e: mteval or pymteval; webnlg, dart: generation_eval or challenge.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score any file by a task's metrics, equal to the official scripts'.
+
+    Example: zlora score --task e2e --predictions out.txt --references refs.txt
+    """
+    from pipeline.evaluate.metrics.choose import metrics_of
+    from pipeline.evaluate.metrics.read import read_scored
+    from pipeline.screen import Screen
+
+    found, groups = read_scored(predictions, references)
+    metrics, notes = metrics_of(task, found, groups, script)
+    if as_json:
+        report = {"schema_version": 1, "task": task, "script": script, "predictions": len(found), "metrics": metrics, "notes": notes}
+        print(json.dumps(report))
+        return
+    screen = Screen(sys.stdout)
+    screen.table(f"{task}: {len(found)} predictions", [(name, f"{value:.4f}") for name, value in metrics.items()])
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
 def _job_of(run: Path, overrides: list[str] | None) -> Job:
     from pipeline.job.read import read_job
 

@@ -75,7 +75,7 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
     commands = get_command(app).commands
-    assert set(commands) == {"check", "train", "evaluate", "merge"}
+    assert set(commands) == {"check", "train", "evaluate", "score", "merge"}
     for name, command in commands.items():
         assert f"`zlora {name} " in index
         for option in command.params:
