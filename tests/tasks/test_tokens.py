@@ -105,15 +105,16 @@ def test_many_examples_keep_their_order(folder):
     assert len(sequences) == 2100
     for number in (0, 1023, 1024, 1025, 2047, 2048, 2099):
         assert sequences[number] == tokens.sequences([examples[number]])[0]
-        assert tokens.text(list(sequences[number].tokens[sequences[number].target_start :])) == str(number)
+        assert tokens.text(list(sequences[number].tokens[sequences[number].target_start :]), (tokens.end_id,)) == str(number)
 
 
 def test_generated_text_ends_at_the_end_token(folder):
     tokens = Tokens(folder, nothing)
     new = ids(folder, " The Blue Spice")
-    assert tokens.text([*new, tokens.end_id, *new]) == "The Blue Spice"
-    assert tokens.text(new) == "The Blue Spice"
-    assert tokens.text([tokens.end_id]) == ""
+    assert tokens.text([*new, tokens.end_id, *new], (tokens.end_id,)) == "The Blue Spice"
+    assert tokens.text(new, (tokens.end_id,)) == "The Blue Spice"
+    assert tokens.text(new, (tokens.end_id, new[-1])) == "The Blue"
+    assert tokens.text([tokens.end_id], (tokens.end_id,)) == ""
 
 
 def test_gpt2s_own_tokenizer_gives_the_papers_sequence(shared_data):
@@ -122,7 +123,7 @@ def test_gpt2s_own_tokenizer_gives_the_papers_sequence(shared_data):
     # GPT-2's published vocabulary: 50256 is <|endoftext|>.
     assert tokens.end_id == 50256
     assert [place for place, token in enumerate(sequence.tokens) if token == 50256] == [sequence.target_start - 1, len(sequence) - 1]
-    assert tokens.text(list(sequence.tokens[sequence.target_start :])) == "A coffee shop ."
+    assert tokens.text(list(sequence.tokens[sequence.target_start :]), (tokens.end_id,)) == "A coffee shop ."
 
 
 def test_a_folder_without_a_tokenizer_is_refused_even_if_its_config_names_one(folder, tmp_path):
