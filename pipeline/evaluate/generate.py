@@ -19,6 +19,9 @@ from pipeline.job.spec import Decoding
 from pipeline.model.causal import Causal, Decode
 from pipeline.train.engine import Ranks, StopAgreed
 
+_PAD = 0
+"""Any token: the mask hides it."""
+
 
 def generate(
     root: Causal,
@@ -34,7 +37,6 @@ def generate(
 
     Args:
         prompts: the same list on every rank.
-        end_ids: the first one also pads.
         context: positions the model has.
         sharded: forward passes gather the base, so all ranks must make the same ones.
         progress: wraps the iteration over batches, for a progress bar.
@@ -55,7 +57,7 @@ def generate(
         chosen = shares[ranks.rank][number] if number < len(shares[ranks.rank]) else []
         rooms = [min(decoding.max_new_tokens, context - len(prompts[i])) for i in chosen]
         search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, chosen)
-        _run(root, search, ranks, end_ids[0], context, sharded)
+        _run(root, search, ranks, context, sharded)
         mine.update(zip(chosen, search.results(), strict=True))
     parts: list[dict[int, list[int]] | None] = [None] * ranks.count
     dist.all_gather_object(parts, mine)
@@ -77,11 +79,11 @@ def _batches(share: list[int], prompts: list[list[int]], decoding: Decoding) -> 
 
 
 @torch.no_grad()
-def _run(root: Causal, search: Search, ranks: Ranks, pad_id: int, context: int, sharded: bool) -> None:
+def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool) -> None:
     prompts = [text.prompt for text in search.open]
     beams = len(search.open[0].rows) if search.open else 1
     longest = max(map(len, prompts), default=1)
-    tokens = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], dtype=torch.long, device=ranks.device)
+    tokens = torch.tensor([[_PAD] * (longest - len(p)) + p for p in prompts], dtype=torch.long, device=ranks.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=torch.long, device=ranks.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, first = DynamicCache(config=root.model.config), True
@@ -93,7 +95,7 @@ def _run(root: Causal, search: Search, ranks: Ranks, pad_id: int, context: int, 
             if not remains:
                 return
             if not search.open:
-                root(decode=_company(root, pad_id, ranks))
+                root(decode=_company(root, ranks))
                 continue
         elif not search.open:
             return
@@ -112,7 +114,7 @@ def _run(root: Causal, search: Search, ranks: Ranks, pad_id: int, context: int, 
         positions = (positions[:, -1:] + 1).clamp(max=context - 1)
 
 
-def _company(root: Causal, pad_id: int, ranks: Ranks) -> Decode:
+def _company(root: Causal, ranks: Ranks) -> Decode:
     """One token that nobody reads: the smallest pass that takes part in all gathers."""
     one = torch.ones(1, 1, dtype=torch.long, device=ranks.device)
-    return Decode(one * pad_id, one, one * 0, DynamicCache(config=root.model.config))
+    return Decode(one * _PAD, one, one * 0, DynamicCache(config=root.model.config))
