@@ -52,12 +52,12 @@ def generate(
     shares = [_batches(order[rank :: ranks.count], prompts, decoding) for rank in range(ranks.count)]
     mine: dict[int, list[int]] = {}
     for number in progress(range(max(map(len, shares)))):
-        if ranks.any(ranks.stop.asked)[0]:
-            raise StopAgreed
         chosen = shares[ranks.rank][number] if number < len(shares[ranks.rank]) else []
         rooms = [min(decoding.max_new_tokens, context - len(prompts[i])) for i in chosen]
         search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, chosen)
         _run(root, search, ranks, context, sharded)
+        if ranks.any(ranks.stop.asked)[0]:
+            raise StopAgreed
         mine.update(zip(chosen, search.results(), strict=True))
     parts: list[dict[int, list[int]] | None] = [None] * ranks.count
     dist.all_gather_object(parts, mine)
@@ -97,8 +97,8 @@ def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool
             if not search.open:
                 root(decode=_company(root, ranks))
                 continue
-        elif not search.open:
-            return
+        elif not search.open or ranks.stop.asked:
+            return  # the ranks agree on stopping after the batch
         ranks.watch.at("generating")
         (logits,) = root(decode=Decode(tokens, mask, positions, cache))
         if first and beams > 1:

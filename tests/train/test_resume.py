@@ -485,28 +485,30 @@ def stopped_while_scoring(ranks, job, run, overrides):
     from pipeline.evaluate import generate
     from pipeline.job.errors import Stopped
 
-    real = generate._continue
+    real = generate._run
 
     def asked(*arguments):
         if ranks.rank == 1:
             ranks.stop.signal = "SIGUSR1"
         return real(*arguments)
 
-    generate._continue = asked
+    generate._run = asked
     try:
         train_here(ranks, job, run, overrides)
     except Stopped as stopped:
         return str(stopped)
     finally:
-        generate._continue, ranks.stop.signal = real, None
+        generate._run, ranks.stop.signal = real, None
     raise AssertionError("it was not stopped")
 
 
-def test_a_request_while_scoring_is_answered_at_once(gpt2_base, ranks2, tmp_path):
+@pytest.mark.parametrize("gather", ["once", "each_pass"])
+def test_a_request_while_scoring_is_answered_at_once(gather, gpt2_base, ranks2, tmp_path):
     job = write_job(tmp_path, gpt2_base)
     write_examples(tmp_path / "valid.jsonl", 12)
     job.write_text(job.read_text().replace("[train]", f'valid = "{tmp_path / "valid.jsonl"}"\n[train]') + "[evaluate]\nevery_steps = 3\n")
-    messages = ranks2.run(stopped_while_scoring, str(job), str(tmp_path / "run"), ("train.steps=6",))
+    settings = ("train.steps=6", f'evaluate.gather="{gather}"')
+    messages = ranks2.run(stopped_while_scoring, str(job), str(tmp_path / "run"), settings)
     assert all("after step 3 of 6" in message for message in messages)
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
     assert '"bleu"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
