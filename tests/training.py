@@ -51,6 +51,11 @@ batch_examples = 6
 learning_rate = 0.01
 """
 
+LORA_DROPOUT = "methods.0.dropout=0.2"
+LONG = ("train.steps=12", LORA_DROPOUT, "train.warmup_steps=3", "train.save_every_steps=5")
+"""A course with something to go wrong at every step: dropout, warm-up, states at 5, 10 and 12."""
+TIMES = {"target_tokens_per_s", "examples_per_s", "step_s", "seconds", "peak_memory_bytes"}
+
 
 @dataclass
 class Trained:
@@ -116,3 +121,12 @@ def read_run(run: Path) -> Trained:
     """What a run folder says."""
     steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     return Trained([row["loss"] for row in steps], steps, load_file(run / "delta" / "adapter_model.safetensors"))
+
+
+def rows(run: Path) -> list[dict]:
+    """Of steps, without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_run(run).steps]
+
+
+def delta_bytes(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "delta").iterdir()}
