@@ -82,10 +82,14 @@ BEAMS = [
     {"beams": 2, "length_penalty": -1.0, "no_repeat_ngram": 4},
     {"beams": 10, "length_penalty": 0.9, "no_repeat_ngram": 4, "eos_tokens": (7, 19, 40)},
     {"beams": 1, "no_repeat_ngram": 2, "eos_tokens": (7, 19, 40)},
+    # Many texts end early: when a search may stop matters.
+    {"beams": 2, "length_penalty": 0.5, "eos_tokens": tuple(range(5, 60))},
+    {"beams": 3, "length_penalty": 1.5, "eos_tokens": tuple(range(5, 60))},
+    {"beams": 3, "length_penalty": 0.0, "eos_tokens": tuple(range(5, 60)), "early_stopping": True},
 ]
 
 
-@pytest.mark.parametrize("settings", BEAMS, ids=str)
+@pytest.mark.parametrize("settings", BEAMS, ids=lambda settings: str(settings)[:60])
 def test_beam_search_is_transformers_own(base, settings, ranks2, tmp_path):
     ours = same_on_all(ranks2, write_job(tmp_path, base), **settings)
     theirs = transformers_texts(
