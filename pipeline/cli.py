@@ -174,10 +174,11 @@ def score(
 
     Example: zlora score --task e2e --predictions out.txt --references refs.txt
     """
-    from pipeline.evaluate.metrics.choose import metrics_of
+    from pipeline.evaluate.metrics.choose import metrics_of, refuse_unknown
     from pipeline.evaluate.metrics.read import read_scored
     from pipeline.screen import Screen
 
+    refuse_unknown(task, script)
     found, groups = read_scored(predictions, references)
     metrics, notes = metrics_of(task, found, groups, script)
     if as_json:

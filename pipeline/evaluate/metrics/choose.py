@@ -11,6 +11,17 @@ from typing import Literal
 from pipeline.job.errors import JobError
 
 KINDS = ("e2e", "webnlg", "dart", "samsum", "wikisql", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+_SCRIPTS = {"e2e": ("mteval", "pymteval"), "webnlg": ("generation_eval", "challenge"), "dart": ("generation_eval", "challenge")}
+
+
+def refuse_unknown(kind: str, script: str | None) -> None:
+    """Raises:
+    JobError: there is no such task, or it has no such script. Before any file is read."""
+    if kind not in KINDS:
+        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(KINDS)}.')
+    known = _SCRIPTS.get(kind, ())
+    if script is not None and script not in known:
+        raise JobError(f'--script "{script}": {kind} has {" or ".join(known) or "one script only"}. Correct or leave it out.')
 
 
 def metrics_of(
@@ -46,10 +57,8 @@ def metrics_of(
             return _stsb(predictions, _only(references)), []
         case (("cola" | "sst2" | "mrpc" | "qqp" | "mnli" | "qnli" | "rte"), None):
             return _labels(kind, predictions, _only(references)), []
-    known = {"e2e": "mteval or pymteval", "webnlg": "generation_eval or challenge", "dart": "generation_eval or challenge"}
-    if kind not in KINDS:
-        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(KINDS)}.')
-    raise JobError(f'--script "{script}": {kind} has {known.get(kind, "one script only")}. Correct or leave it out.')
+    refuse_unknown(kind, script)
+    raise AssertionError(f"no way to score {kind} by {script}")
 
 
 def _e2e(predictions: list[str], references: list[list[str]], script: Literal["mteval", "pymteval"]) -> tuple[dict[str, float], list[str]]:

@@ -106,6 +106,12 @@ def test_a_wrong_task_or_script_is_one_line(files, arguments, message):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_wrong_task_is_said_before_any_file_is_read(tmp_path):
+    done = score(tmp_path, "--task", "e2f", "--predictions", "absent.txt")
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: --task "e2f": there is no such task. Use one of e2e, ')
+
+
 def test_a_wrong_meteor_jar_is_said(tmp_path, monkeypatch):
     java = tmp_path / "java"
     write(java, "#!/bin/sh\necho 'no such class' >&2\nexit 1\n").chmod(0o755)
