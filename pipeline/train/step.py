@@ -32,10 +32,8 @@ class StepResult:
     loss: float
     """Per target token, smoothed as trained."""
     grad_norm: float
-    """Before clipping; not finite where the step was skipped."""
+    """Before clipping. Where it or the loss is not finite, the step was skipped: the weights are as they were before it."""
     loss_scale: float
-    skipped: bool
-    """The weights are as they were before it."""
     bad: bool
     """Skipped for more than fp16's range: a smaller loss scale would not have saved it."""
     suspects: tuple[int, ...]
@@ -103,11 +101,11 @@ class Stepper:
         loss, stop = self._flat[-2:].tolist()
         if math.isfinite(norm) and math.isfinite(loss):
             self._update(gradient, norm, learning_rate)
-            return StepResult(loss, norm, scale, False, False, (), bool(stop))
+            return StepResult(loss, norm, scale, False, (), bool(stop))
         bad = not math.isfinite(loss) or self._scale is None or self._scale <= 1.0
         suspects = tuple(number for number, own in enumerate(losses) if not math.isfinite(own)) if bad else ()
         self._skip(lower_scale=not bad)
-        return StepResult(loss, norm, scale, True, bad, suspects, bool(stop))
+        return StepResult(loss, norm, scale, bad, suspects, bool(stop))
 
     def progress(self) -> dict[str, Any]:
         """The counters that belong to the optimizer, by their names in a state's `Progress`."""
