@@ -13,6 +13,8 @@ import time
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
+from tests.ranks import rank_environment
+
 _ROOT = Path(__file__).parent.parent
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.life_imports"])
@@ -66,15 +68,7 @@ class Life:
 
 
 def _rank(rank: int, job: str, run: str, overrides: tuple[str, ...], count: int, folder: str, slow_disk_s: float) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        ZLORA_RENDEZVOUS=f"file://{folder}/rendezvous",
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ |= rank_environment(rank, count, folder)
     said = os.open(Path(folder) / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)

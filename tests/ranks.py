@@ -18,6 +18,19 @@ from pathlib import Path
 TIMEOUT_S = 300
 
 
+def rank_environment(rank: int, count: int, folder: str) -> dict[str, str]:
+    """Of a CPU rank that meets the others through a file in `folder`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ZLORA_RENDEZVOUS": f"file://{folder}/rendezvous",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 class RankError(Exception):
     pass
 
@@ -70,15 +83,7 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, folder: str, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        ZLORA_RENDEZVOUS=f"file://{folder}/rendezvous",
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ |= rank_environment(rank, count, folder)
     log = os.open(Path(folder) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
