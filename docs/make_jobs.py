@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.job.spec import E2E, Base, Dart, Evaluate, Jsonl, Lora, Memory, SamSum, Section, Train, WebNlg, WikiSql
+from pipeline.job.section import Section
+from pipeline.job.spec import Base, Evaluate, Lora, Memory, Train
+from pipeline.job.task import E2E, Classification, Conversations, Dart, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 
 TARGET = Path(__file__).parent / "jobs.md"
 SECTIONS: list[tuple[str, type[Section]]] = [
@@ -17,7 +19,12 @@ SECTIONS: list[tuple[str, type[Section]]] = [
     ('[task] kind = "dart"', Dart),
     ('[task] kind = "samsum"', SamSum),
     ('[task] kind = "wikisql"', WikiSql),
-    ('[task] kind = "jsonl"', Jsonl),
+    ('[task] kind = "jsonl" | "csv" | "parquet"', Pairs),
+    ('[task] kind = "chat"', Conversations),
+    ('[task] kind = "classification"', Classification),
+    ('[task] kind = "regression"', Regression),
+    ('[task] kind = "text"', PlainText),
+    ('[task] kind = "mix"', Mix),
     ("[train]", Train),
     ("[evaluate]", Evaluate),
     ("[memory]", Memory),

@@ -11,12 +11,9 @@ from pipeline.cluster.launch import started_here
 from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
 from pipeline.job.spec import Job
-from pipeline.methods.attach import Delta
-from pipeline.model.causal import Causal
-from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import shard_bytes
 from pipeline.screen import Screen
-from pipeline.train.engine import Ranks
+from pipeline.session import Session, TrainingSet
 from pipeline.train.loop import Course
 
 _SHOWN = 3
@@ -27,27 +24,29 @@ def show_start(
     screen: Screen,
     run: Path,
     job: Job,
-    base: LoadedBase,
-    delta: Delta,
-    root: Causal,
-    ranks: Ranks,
+    session: Session,
     course: Course,
-    too_long: int,
+    data: TrainingSet,
     notes: tuple[tuple[str, str], ...],
 ) -> None:
     """What is about to happen."""
-    frozen, trained = base.parameters, delta.parameters
+    base, ranks = session.base, session.ranks
+    frozen, trained = base.parameters, session.delta.parameters
     where = f"{ranks.count} x {ranks.device.type.upper()}"
-    lengths = f"{course.steps:,} of {job.train.batch_examples} examples, {len(course.sequences):,} examples in all"
+    lengths = f"{course.steps:,} of {job.train.batch_examples} examples, {len(course.data):,} examples in all"
     rows = [
         ("base", f"{job.base.model} ({job.base.dtype}, loaded in {base.load_s:.1f} s)"),
         ("frozen", f"{frozen:,} parameters"),
         ("trained", f"{trained:,} parameters ({100 * trained / frozen:.2f} %)"),
-        ("per rank", f"{size_text(shard_bytes(root))} of the base between steps, {size_text(trained * 16)} of the delta, on {where}"),
+        (
+            "per rank",
+            f"{size_text(shard_bytes(session.root))} of the base between steps, {size_text(trained * 16)} of the delta, on {where}",
+        ),
         ("steps", lengths),
     ]
-    if too_long:
-        rows.append(("too long", f"{too_long:,} examples: {'truncated' if job.task.too_long == 'truncate' else 'dropped'}"))
+    rows += [("left out", f"{reason.count:,} x {reason.reason} (the first: {reason.first})") for reason in data.dropped]
+    if data.too_long:
+        rows.append(("too long", f"{data.too_long:,} examples: truncated or left out, as task.too_long says"))
     if job.train.dropout:
         rows.append(("dropout", "the base's own is on: reproducible on the same number of ranks only"))
     screen.table(str(run), [*rows, *notes])

@@ -17,7 +17,6 @@ from pipeline.job.read import job_digest, read_resolved, resolved
 from pipeline.job.spec import Job
 from pipeline.run_folder import begun
 from pipeline.screen import Screen
-from pipeline.tasks.fingerprint import refuse_changed
 from pipeline.train.board import read_rows
 from pipeline.train.engine import Ranks
 from pipeline.train.environment import started_by
@@ -56,7 +55,7 @@ class Start:
                 f"{base}: its config.json is not the one that the run began with. Put it back, or use --run for another folder.",
                 everywhere=True,
             )
-        refuse_changed(self.record.data, data)
+        _refuse_changed(self.record.data, data)
 
 
 def find_start(
@@ -127,3 +126,23 @@ def _delta_step(run: Path) -> int | None:
         return read_delta(run / "delta")[0].step
     except JobError:
         return None
+
+
+def _refuse_changed(before: tuple[DataFile, ...], now: tuple[DataFile, ...]) -> None:
+    """Raises:
+    JobError: on every rank; the examples are not those that the run began with."""
+    if [file.sha256 for file in before] == [file.sha256 for file in now]:
+        return
+    for old, new in zip(before, now, strict=False):
+        if old.sha256 != new.sha256:
+            counts = "" if old.examples == new.examples else f" ({old.examples:,} then, {new.examples:,} now)"
+            raise JobError(
+                f"{new.file}: its examples are not those that the run began with{counts}. "
+                "Put back the file (and the base's tokenizer), or begin another run with --run or --fresh.",
+                everywhere=True,
+            )
+    raise JobError(
+        f"{(before or now)[0].file}: the run began with {len(before)} files of examples, now there are {len(now)}. "
+        "Put them back, or begin another run with --run or --fresh.",
+        everywhere=True,
+    )

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from pipeline.evaluate.score import write_predictions
 from pipeline.job.errors import Diverged, Stopped
-from pipeline.job.spec import Job, Split
+from pipeline.job.section import Split
+from pipeline.job.spec import Job
 from pipeline.methods.files import restore
 from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
 from pipeline.screen import Screen
 from pipeline.session import open_session
-from pipeline.tasks.open import has_split
+from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, take_steps
 from pipeline.train.step import Stepper
@@ -44,14 +45,14 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     session = open_session(job, ranks, screen)
     data = session.training_set()
     start.refuse_changed(job.base.model, session.base_config, data.files)
-    course = Course(data.sequences, data.sources, job.train, start.progress)
+    course = Course(data.sequences, data.stream, job.train, start.progress)
     course.refuse_impossible()
-    held_out = session.evaluation(job.evaluate.split) if has_split(job.task, job.evaluate.split) else None
+    held_out = session.evaluation(job.evaluate.split) if has_split(sources_of(job.task)[0], job.evaluate.split) else None
     stepper = Stepper(session.engine, session.root, session.delta, job.train, ranks, fp16=job.base.dtype == "fp16")
     if start.record:
         stepper.restore(tensors, start.progress)
         del tensors
-    show_start(screen, run, job, session.base, session.delta, session.root, ranks, course, data.too_long, start.notes)
+    show_start(screen, run, job, session, course, data, start.notes)
     if held_out is None:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
     progress = good = start.progress

@@ -52,6 +52,15 @@ class Screen:
                 bar.advance(task)
             bar.remove_task(task)
 
+    def passing(self, label: str, places: Iterable[int], total: int) -> Iterator[int]:
+        """Iterates over how much of `total` is done, with a bar that goes away in the end."""
+        with self._live(transient=True) as bar:
+            task = bar.add_task(label, total=total, note="")
+            for place in places:
+                bar.update(task, completed=place)
+                yield place
+            bar.remove_task(task)
+
     @contextmanager
     def training(self, steps: int, done: int = 0) -> Iterator[StepBar]:
         """The bar of the training loop."""

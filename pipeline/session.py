@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pipeline.evaluate.score import EvaluationSet, Scores, score
-from pipeline.job.errors import JobError
-from pipeline.job.spec import Job, Split
+from pipeline.job.section import Split
+from pipeline.job.spec import Job
+from pipeline.job.task import Conversations, PlainText, SingleTask
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, read_config, require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.screen import Screen
-from pipeline.tasks.example import Example, Sequence, grouped
-from pipeline.tasks.fingerprint import fingerprint
-from pipeline.tasks.open import read_examples, separator_text
-from pipeline.tasks.tokens import Tokens, fit
+from pipeline.tasks.encode import Encoder
+from pipeline.tasks.example import grouped
+from pipeline.tasks.open import content_keys, named_split, open_split, read_examples, separator_text, sources_of
+from pipeline.tasks.order import Stream
+from pipeline.tasks.sequences import Chosen, Joined, Listed, Sequences, fit
+from pipeline.tasks.store import Reason, Store, open_store
+from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.digest import file_digests, sha256_of
 from pipeline.weights.hub import local_base
@@ -30,13 +35,15 @@ from pipeline.weights.state import DataFile
 class TrainingSet:
     """The training split, ready to be trained on."""
 
-    sequences: list[Sequence]
-    sources: list[str]
-    """File and line of each."""
+    sequences: Sequences
+    stream: Stream
+    """The order in which they come."""
     files: tuple[DataFile, ...]
     """What it is, by content."""
     too_long: int
     """Examples that did not fit and were cut or left out, as the job says."""
+    dropped: tuple[Reason, ...]
+    """Rows that were left out before, and why."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +69,58 @@ class Session:
     def training_set(self) -> TrainingSet:
         """The training split, as sequences that fit."""
         limit = min(self.job.train.max_tokens or self.context, self.context)
-        examples, sequences, too_long = self._fitted("train", limit)
-        return TrainingSet(sequences, [example.source for example in examples], fingerprint(examples, sequences), too_long)
+        tasks = sources_of(self.job.task)
+        stores = [self._store(task, number, limit) for number, task in enumerate(tasks)]
+        fitted = [fit(store, limit, task.too_long) for store, task in zip(stores, tasks, strict=True)]
+        parts = [part for part, _ in fitted]
+        stream = Stream(tuple(map(len, parts)), self.job.train.seed, tuple(task.weight for task in tasks))
+        return TrainingSet(
+            parts[0] if len(parts) == 1 else Joined(parts),
+            stream,
+            tuple(file for store in stores for file in store.about.files),
+            sum(over for _, over in fitted),
+            tuple(reason for store in stores for reason in store.about.dropped),
+        )
+
+    def _store(self, task: SingleTask, number: int, limit: int) -> Store:
+        """The training split's tokens: from the cache, or made by one rank of each machine."""
+        encoder = self._encoder(task, limit)
+
+        def fetch() -> Store:
+            label = f"tokenising {named_split(task, 'train')}"
+            return open_store(
+                open_split(task, "train"),
+                (content_keys(task), encoder.settings, "train"),
+                encoder.sequences,
+                named_split(task, "train"),
+                lambda places, total: self.screen.passing(label, places, total),
+            )
+
+        self.ranks.watch.at("tokenising", patient=True)
+        return one_rank_first(self.ranks, f"tokens {number}", fetch)
+
+    def _encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
+        separator = separator_text(task, self.tokens.end_text)
+        block = block_tokens if isinstance(task, PlainText) else 0
+        return Encoder(self.tokens, separator, block, self.vocabulary, isinstance(task, Conversations))
 
     def evaluation(self, split: Split) -> EvaluationSet:
         """A split as it is scored: `train.max_tokens` does not bind it, and a prompt never depends on its references."""
-        examples, sequences, too_long = self._fitted(split, self.context)
-        prompts = grouped(examples)[: self.job.evaluate.max_prompts]
-        kept = {prompt.text for prompt in prompts}
+        (task,) = sources_of(self.job.task)
+        examples, encoder = read_examples(task, split), self._encoder(task, self.context)
+        pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
+        if pairs:
+            wanted = {prompt.text for prompt in grouped(pairs)[:most]}
+            chosen = [place for place, pair in enumerate(pairs) if pair.prompt in wanted]
+            pairs, examples = [pairs[place] for place in chosen], [examples[place] for place in chosen]
+        made = list(islice(encoder.sequences(examples), None if pairs else most))
+        whole = Listed([sequence for sequence, _ in made], [source for _, source in made])
+        fitted, too_long = fit(whole, self.context, task.too_long)
+        kept = fitted.kept if isinstance(fitted, Chosen) else range(len(whole))
+        prompts = grouped(pairs[place] for place in kept) if pairs else []
         room = max(1, self.context - self.job.evaluate.max_new_tokens)
-        ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in self.tokens.prompts([p.text for p in prompts])]
-        chosen = [s for e, s in zip(examples, sequences, strict=True) if e.prompt in kept]
-        return EvaluationSet(split, prompts, ids, chosen, too_long)
-
-    def _fitted(self, split: Split, limit: int) -> tuple[list[Example], list[Sequence], int]:
-        examples = read_examples(self.job.task, split)
-        sequences = self.tokens.sequences(examples, self._bar(f"tokenising {split}"))
-        for example, sequence in zip(examples, sequences, strict=True):
-            if max(sequence.tokens) >= self.vocabulary:
-                raise JobError(
-                    f"{example.source}: token {max(sequence.tokens)} is not among the model's {self.vocabulary} embeddings. "
-                    "Use the tokenizer of this base."
-                )
-        return fit(examples, sequences, limit, self.job.task.too_long)
+        ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in encoder.prompts([p.text for p in prompts])]
+        return EvaluationSet(split, prompts, ids, [fitted[place] for place in range(len(fitted))], too_long)
 
     def score(self, data: EvaluationSet) -> Scores:
         return score(
@@ -100,10 +136,10 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     zero = deepspeed_config(Path(job.memory.config))
     dtype = require_dtype(job.base.dtype, ranks.device)
     ranks.watch.at("fetching the base", patient=True)
-    folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
+    folder = one_rank_first(ranks, "base", lambda: local_base(job.base.model, job.base.revision))
     ranks.watch.at("starting")
     config = read_config(folder)
-    tokens = Tokens(folder, lambda end: separator_text(job.task, end))
+    tokens = Tokens(folder)
     loading = "loading the base"
     base = load_base(
         folder,

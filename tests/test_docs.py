@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.job.read import read_job
-from pipeline.job.spec import Task
+from pipeline.job.task import Task
 
 ROOT = Path(__file__).parents[1]
 

@@ -30,5 +30,5 @@ def perplexity(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batc
         batch = collate([sequences[i] for i in chosen], chosen, packed, ranks.device)
         total += root(batch=batch)[1].double()
     dist.all_reduce(total)
-    mean = total.item() / sum(s.target_tokens for s in sequences)
+    mean = total.item() / sum(s.targets for s in sequences)
     return math.exp(min(700.0, mean)) if math.isfinite(mean) else math.nan

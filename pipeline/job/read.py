@@ -11,14 +11,15 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
-from pipeline.job.spec import E2E, Base, Dart, Evaluate, Job, Jsonl, Lora, Memory, SamSum, Train, WebNlg, WikiSql
+from pipeline.job.spec import Base, Evaluate, Job, Lora, Memory, Train
+from pipeline.job.task import Mix, SingleTask, Task
 from pipeline.job.zero import deepspeed_config
 
 if sys.version_info >= (3, 11):
@@ -34,12 +35,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "memory": Memory,
 }
 _TASKS: dict[str, type[BaseModel]] = {
-    "e2e": E2E,
-    "jsonl": Jsonl,
-    "webnlg": WebNlg,
-    "dart": Dart,
-    "samsum": SamSum,
-    "wikisql": WikiSql,
+    kind: section for section in get_args(get_args(Task)[0]) for kind in get_args(section.model_fields["kind"].annotation)
 }
 _EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
 """Keys of [train] of which a job has one: `--set` of one takes the place of the file's other."""
@@ -205,8 +201,12 @@ def _plain_path(location: tuple[str | int, ...], asked: dict[str, Any]) -> list[
 def _known_keys(path: list[str], asked: dict[str, Any]) -> list[str]:
     if len(path) == 1:
         return sorted(Job.model_fields)
-    section = _TASKS[asked["task"]["kind"]] if path[0] == "task" else _SECTIONS[path[0]]
-    return sorted(section.model_fields)
+    if path[0] != "task":
+        return sorted(_SECTIONS[path[0]].model_fields)
+    task = asked["task"]
+    if path[1:2] == ["sources"]:
+        task = task["sources"][int(path[2])]
+    return sorted(_TASKS[task["kind"]].model_fields)
 
 
 def _resolve(job: Job, path: Path) -> Job:
@@ -220,16 +220,11 @@ def _resolve(job: Job, path: Path) -> Job:
             "(name or owner/name). Correct the path; it is relative to the folder you run the command in."
         )
     task = job.task
-    for key in ("data", "valid", "test"):
-        value = getattr(task, key, None)
-        if value is None:
-            continue
-        if not Path(value).exists():
-            raise JobError(
-                f'{path}: task.{key} = "{value}": no such file or folder ({Path(value).absolute()}). '
-                "Correct the path; it is relative to the folder you run the command in."
-            )
-        task = task.model_copy(update={key: str(Path(value).resolve())})
+    if isinstance(task, Mix):
+        sources = tuple(_located(source, path, f"task.sources[{place}]") for place, source in enumerate(task.sources))
+        task = task.model_copy(update={"sources": sources})
+    else:
+        task = _located(task, path, "task")
     try:
         config = memory_config(job.memory.config)
     except JobError as error:
@@ -237,3 +232,17 @@ def _resolve(job: Job, path: Path) -> Job:
     deepspeed_config(config)
     memory = job.memory.model_copy(update={"config": str(config)})
     return job.model_copy(update={"base": base, "task": task, "memory": memory})
+
+
+def _located(task: SingleTask, path: Path, section: str) -> SingleTask:
+    for key in ("data", "valid", "test"):
+        value = getattr(task, key, None)
+        if value is None:
+            continue
+        if not Path(value).exists():
+            raise JobError(
+                f'{path}: {section}.{key} = "{value}": no such file or folder ({Path(value).absolute()}). '
+                "Correct the path; it is relative to the folder you run the command in."
+            )
+        task = task.model_copy(update={key: str(Path(value).resolve())})
+    return task

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.job.section import Section, Seed, Split, Text
+from pipeline.job.task import Task
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Split = Literal["train", "valid", "test"]
 StopSignal = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
-Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Base(Section):
@@ -43,66 +40,6 @@ class Lora(Section):
     """On the input of A only. Keyed by example, so it does not depend on ranks or packing."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """Of A. B starts at zero. The authors' code and PEFT draw Kaiming-uniform; the paper's text says Gaussian."""
-
-
-class TaskSection(Section):
-    data: Text | None = None
-    """Folder or file. Absent: the hub's copy, where the task has one."""
-    separator: str | None = None
-    """Text between prompt and completion. Absent: the task's own."""
-    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with an example longer than `train.max_tokens`. Truncation cuts the prompt from its left."""
-
-
-class E2E(TaskSection):
-    """E2E NLG challenge (Novikova et al. 2017): the official CSV files or the paper's tokenised text."""
-
-    kind: Literal["e2e"]
-
-
-class WebNlg(TaskSection):
-    """WebNLG challenge 2017 (Gardent et al. 2017): the official XML folders or the paper's JSON files."""
-
-    kind: Literal["webnlg"]
-    texts: Literal["good", "all"] = "good"
-    """Those that the annotators marked good, as the paper's code takes them, or all."""
-    test_categories: Literal["all", "seen", "unseen"] = "all"
-    """Of the test split: all, or those that are, or are not, in the training split."""
-
-
-class Dart(TaskSection):
-    """DART v1.1.1 (Nan et al. 2021): the official JSON or XML files."""
-
-    kind: Literal["dart"]
-    empty_texts: Literal["refuse", "drop"] = "refuse"
-    """What to do with an empty text among a set's texts; the official test file has one."""
-
-
-class SamSum(TaskSection):
-    """SAMSum dialogues and summaries (Gliwa et al. 2019): the official JSON files, or JSON lines."""
-
-    kind: Literal["samsum"]
-
-
-class WikiSql(TaskSection):
-    """WikiSQL questions and queries (Zhong et al. 2017): the official JSON lines of questions and of tables."""
-
-    kind: Literal["wikisql"]
-
-
-class Jsonl(TaskSection):
-    """Your own JSON lines: {"prompt": "...", "completion": "..."}."""
-
-    kind: Literal["jsonl"]
-    data: Text
-    """Folder with train.jsonl, valid.jsonl and test.jsonl, or the training file alone."""
-    valid: Text | None = None
-    """File of the validation split, where `data` is a file."""
-    test: Text | None = None
-    """File of the test split, where `data` is a file."""
-
-
-Task = Annotated[E2E | Jsonl | WebNlg | Dart | SamSum | WikiSql, Field(discriminator="kind")]
 
 
 class Train(Section):
@@ -138,7 +75,7 @@ class Train(Section):
     """Share of the target spread over the vocabulary."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The base's own dropout. Off by default, as in the paper's code."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    seed: Seed = 1
     """Of the order of examples, the start of A, and dropout."""
     save_every_steps: PositiveInt = 500
     """The state, from which a run goes on, and the delta are written this often and at the end."""
@@ -183,7 +120,7 @@ class Decoding(Section):
     """Draw from the likeliest so many; 0: from all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Draw from the likeliest that have this share together."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    seed: Seed = 1
     """Of the draws. A text's draws depend on it and the prompt's place only."""
     batch_tokens: PositiveInt = 16384
     """Tokens of one batch on one rank, prompts and room for new ones, times beams: the memory knob."""

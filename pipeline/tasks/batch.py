@@ -45,16 +45,18 @@ class MicroBatch:
 def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, device: torch.device) -> MicroBatch:
     """One micro-batch. With no sequences: one token without a label, so that an idle rank can join the collectives."""
     if not sequences:
-        sequences, example_ids = [Sequence((0,), 1)], [0]
+        sequences, example_ids = [Sequence((0,), ())], [0]
     lengths = torch.tensor([len(s) for s in sequences])
     count, longest = len(sequences), int(lengths.max())
     within = torch.arange(longest).expand(count, longest)
     real = within < lengths[:, None]
     padded = torch.zeros(count, longest, dtype=torch.long)
     padded[real] = torch.tensor([token for s in sequences for token in s.tokens])
-    starts = torch.tensor([s.target_start for s in sequences])
-    # Token t predicts token t + 1: positions target_start - 1 ... length - 2 carry a label.
-    labelled = (within >= starts[:, None] - 1) & (within < lengths[:, None] - 1)
+    # Token t predicts token t + 1: for a span of learnt tokens, the positions one before each carry a label.
+    labelled = torch.zeros(count, longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        for first, end in sequence.spans:
+            labelled[row, first - 1 : end - 1] = True
     next_token = padded.roll(-1, dims=1)
     keys = _keys(torch.tensor(example_ids)[:, None], within)
     if packed:

@@ -11,42 +11,47 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Dart, Split
-from pipeline.tasks.example import Example
+from pipeline.job.section import Split
+from pipeline.job.task import Dart
+from pipeline.tasks.example import Dropped, Pair, Source
 from pipeline.tasks.files import split_path
 from pipeline.tasks.hub import HubCopy, from_hub
 from pipeline.tasks.json_rows import Row, as_object, field, json_array, texts
-from pipeline.tasks.triples import Entry, Text, checked_triple, complete, example, linearise, read_benchmark
+from pipeline.tasks.triples import Entry, Text, checked_triple, complete, linearise, pair, read_benchmark
 
 _STEM = {"train": "dart-v1.1.1-full-train", "valid": "dart-v1.1.1-full-dev", "test": "dart-v1.1.1-full-test"}
 _HUB = HubCopy("Yale-LILY/dart", "the official files dart-v1.1.1-full-train.json, -dev.json and -test.json")
 
 
-def read_dart(task: Dart, split: Split) -> list[Example]:
-    """All examples of a split, in file order.
+def open_dart(task: Dart, split: Split) -> Source:
+    """A split of the task.
 
     Raises:
-        JobError: the folder has no such file, or it is malformed.
+        JobError: the folder has no such file; later, that it is malformed.
     """
     if task.data is None:
         return from_hub(_HUB, split, lambda row, where: _examples(task, _hub_entry(row, where)))
     file = split_path(Path(task.data), (f"{_STEM[split]}.json", f"{_STEM[split]}.xml"), f"DART {split}")
-    entries = read_benchmark(file) if file.suffix == ".xml" else _json_entries(file)
-    return [e for entry in entries for e in _examples(task, entry)]
+
+    def read() -> Iterator[Pair | Dropped]:
+        for entry in read_benchmark(file) if file.suffix == ".xml" else _json_entries(file):
+            yield from _examples(task, entry)
+
+    return Source((file,), read)
 
 
-def _examples(task: Dart, entry: Entry) -> list[Example]:
+def _examples(task: Dart, entry: Entry) -> Iterator[Pair | Dropped]:
     prompt = linearise(tuple((subject, predicate.lower(), target) for subject, predicate, target in entry.triples))
-    examples = []
     for text in entry.texts:
         if text.text.strip() or task.empty_texts == "refuse":
-            examples.append(_named(prompt, text))
-    return examples
+            yield _named(prompt, text)
+        else:
+            yield Dropped("empty text", text.source)
 
 
-def _named(prompt: str, text: Text) -> Example:
+def _named(prompt: str, text: Text) -> Pair:
     try:
-        return example(prompt, text)
+        return pair(prompt, text)
     except JobError as error:
         raise JobError(f'{error} The official test file has one such text: task.empty_texts = "drop" leaves it out.') from None
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E, Split
-from pipeline.tasks.example import Example
+from pipeline.job.section import Split
+from pipeline.job.task import E2E
+from pipeline.tasks.example import Pair, Source
 from pipeline.tasks.files import lines, split_path
 from pipeline.tasks.hub import HubCopy, from_hub
 
@@ -23,16 +25,16 @@ _HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
 _FIELD = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*")
 
 
-def read_e2e(task: E2E, split: Split) -> list[Example]:
-    """All examples of a split, in file order.
+def open_e2e(task: E2E, split: Split) -> Source:
+    """A split of the task.
 
     Raises:
-        JobError: the folder holds neither format, or a line is malformed.
+        JobError: the folder holds neither format; later, that a line is malformed.
     """
     if task.data is None:
         return from_hub(_HUB, split, lambda row, where: [_example([row["meaning_representation"], row["human_reference"]], where)])
     file = split_path(Path(task.data), (_CSV[split], _TEXT[split]), f"E2E {split}")
-    return _from_csv(file) if file.suffix == ".csv" else _from_text(file)
+    return Source((file,), lambda: _from_csv(file) if file.suffix == ".csv" else _from_text(file))
 
 
 def linearise(meaning: str) -> str:
@@ -52,8 +54,7 @@ def linearise(meaning: str) -> str:
     return " | ".join(fields)
 
 
-def _from_csv(file: Path) -> list[Example]:
-    examples = []
+def _from_csv(file: Path) -> Iterator[Pair]:
     rows, line = csv.reader((text for _, text in lines(file)), strict=True), 1
     try:
         header = next(rows, None)
@@ -62,32 +63,29 @@ def _from_csv(file: Path) -> list[Example]:
         line = rows.line_num + 1
         for row in rows:
             if row:
-                examples.append(_example(row, f"{file}:{line}"))
+                yield _example(row, f"{file}:{line}")
             line = rows.line_num + 1
     except csv.Error as error:
         raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
-    return examples
 
 
-def _example(row: list[str], where: str) -> Example:
+def _example(row: list[str], where: str) -> Pair:
     if len(row) != 2:
         raise JobError(f"{where}: columns found: {len(row)}, expected a meaning representation and a reference. Mend the line.")
     meaning, reference = row
     if not reference.strip():
         raise JobError(f"{where}: the reference is empty: there is nothing to learn. Mend or remove the line.")
     try:
-        return Example(linearise(meaning), " " + reference.strip(), where)
+        return Pair(linearise(meaning), " " + reference.strip(), where)
     except ValueError:
         raise JobError(f"{where}: {json.dumps(meaning[:200])} is not of the form name[value], name[value]. Mend the line.") from None
 
 
-def _from_text(file: Path) -> list[Example]:
-    examples = []
+def _from_text(file: Path) -> Iterator[Pair]:
     for number, line in lines(file):
         if not line.strip():
             continue
         context, bars, reference = line.partition("||")
         if not bars or not context.strip() or not reference.strip():
             raise JobError(f"{file}:{number}: not of the form context||reference. Mend the line.")
-        examples.append(Example(context.strip(), " " + reference.strip(), f"{file}:{number}"))
-    return examples
+        yield Pair(context.strip(), " " + reference.strip(), f"{file}:{number}")

@@ -1,12 +1,15 @@
-"""The two shapes of data: text examples as a task reads them, and token sequences as a model sees them."""
+"""The shapes of data: examples as a task reads them, and token sequences as a model sees them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
-class Example:
+class Pair:
     """One prompt and what should follow it."""
 
     prompt: str
@@ -16,18 +19,81 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, of which the assistant's turns are learnt."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One text, or two, and what is to be said of them."""
+
+    texts: tuple[str, ...]
+    label: float | None
+    """The place of the class in the task's list, or the score. None: withheld, as in GLUE's test splits."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Running text, all of which is learnt."""
+
+    text: str
+    source: str
+    continued: bool = False
+    """It goes on from the document before, of which it is a piece."""
+
+
+Example: TypeAlias = Pair | Chat | Labelled | Document
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that the job leaves out."""
+
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a task, not read yet."""
+
+    files: tuple[Path, ...]
+    """All that the examples depend on."""
+    read: Callable[[], Iterator[Example | Dropped]]
+    """From the beginning, in file order."""
+    version: str = ""
+    """What else they depend on: the hub's revision."""
+
+
+@dataclass(frozen=True)
 class Sequence:
-    """Token ids of one example; the loss counts those from `target_start` on."""
+    """Token ids of one example, and what is learnt of it."""
 
     tokens: tuple[int, ...]
-    target_start: int
+    spans: tuple[tuple[int, int], ...]
+    """First token and end of each run of tokens that the loss counts; from 1 on, since the first has nothing that predicts it."""
+    label: float | None = None
+    """Of the whole, where the task has labels."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def target_tokens(self) -> int:
-        return len(self.tokens) - self.target_start
+    def targets(self) -> int:
+        """What the loss counts: tokens, or one label."""
+        return sum(end - start for start, end in self.spans) + (self.label is not None)
 
 
 @dataclass(frozen=True)
@@ -38,9 +104,9 @@ class Prompt:
     references: tuple[str, ...]
 
 
-def grouped(examples: list[Example]) -> list[Prompt]:
-    """Examples with the same prompt are references of one prompt."""
+def grouped(pairs: Iterable[Pair]) -> list[Prompt]:
+    """Pairs with the same prompt are references of one prompt."""
     groups: dict[str, list[str]] = {}
-    for example in examples:
-        groups.setdefault(example.prompt, []).append(example.completion)
+    for pair in pairs:
+        groups.setdefault(pair.prompt, []).append(pair.completion)
     return [Prompt(text, tuple(references)) for text, references in groups.items()]

@@ -23,20 +23,31 @@ def split_path(folder: Path, names: tuple[str, ...], what: str) -> Path:
     raise JobError(f"{folder}: no {what} file. Put {listed} there.")
 
 
+def raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line with its number, its end included. Only a line feed ends a line, whatever Unicode says."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """Raises:
+    JobError: not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise JobError(f"{where}: not UTF-8 text ({what}). Convert the file.") from None
+
+
 def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Each line with its number, its end included. Only a line feed ends a line, whatever Unicode says.
+    """Each line with its number, as text.
 
     Raises:
         JobError: a line is not UTF-8.
     """
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                what = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                raise JobError(f"{file}:{number}: not UTF-8 text ({what}). Convert the file.") from None
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
+    for number, raw in raw_lines(file):
+        yield number, decoded(raw, f"{file}:{number}")
 
 
 def whole_text(file: Path) -> str:

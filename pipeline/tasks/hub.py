@@ -1,14 +1,15 @@
-"""The hub's copy of a data set -> examples, for a task that names no folder."""
+"""The hub's copy of a data set -> a source of examples, for a task that names no folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Split
-from pipeline.tasks.example import Example
+from pipeline.job.section import Split
+from pipeline.tasks.example import Dropped, Example, Source
 
 CONVERTED = "refs/convert/parquet"
 """Where the main branch holds a loading script, which `datasets` no longer runs, the hub keeps its result on this one."""
@@ -26,14 +27,14 @@ class HubCopy:
     """Of the revision, where it holds several data sets."""
 
 
-def from_hub(copy: HubCopy, split: Split, examples: Callable[[dict[str, Any], str], Iterable[Example]]) -> list[Example]:
-    """All examples of a split.
+def from_hub(copy: HubCopy, split: Split, examples: Callable[[dict[str, Any], str], Iterable[Example | Dropped]]) -> Source:
+    """A split.
 
     Args:
         examples: those of one row, given the row and where it is.
 
     Raises:
-        JobError: the copy cannot be had, or has other columns.
+        JobError: the copy cannot be had; later, that it has other columns.
     """
     from datasets import load_dataset
 
@@ -46,17 +47,20 @@ def from_hub(copy: HubCopy, split: Split, examples: Callable[[dict[str, Any], st
             f'task.data: absent, and the hub\'s copy "{copy.name}" cannot be had ({type(error).__name__}: {_first_line(error)}). '
             f"Name a folder with {copy.files} in task.data."
         ) from None
-    found: list[Example] = []
-    for number, row in enumerate(rows, 1):
-        where = f"{copy.name}/{split}:{number}"
-        try:
-            found += examples(row, where)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise JobError(
-                f"{where}: not the columns expected of the hub's copy ({type(error).__name__}: {error}); it has {', '.join(row)}. "
-                f"Name a folder with {copy.files} in task.data."
-            ) from None
-    return found
+
+    def read() -> Iterator[Example | Dropped]:
+        for number, row in enumerate(rows, 1):
+            where = f"{copy.name}/{split}:{number}"
+            try:
+                yield from examples(row, where)
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                raise JobError(
+                    f"{where}: not the columns expected of the hub's copy ({type(error).__name__}: {error}); it has {', '.join(row)}. "
+                    f"Name a folder with {copy.files} in task.data."
+                ) from None
+
+    files = tuple(Path(part["filename"]) for part in rows.cache_files)
+    return Source(files, read, version="" if files else rows._fingerprint)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,13 +23,19 @@ def json_lines(file: Path) -> Iterator[tuple[Row, str]]:
     for number, line in lines(file):
         if line.strip():
             where = f"{file}:{number}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise JobError(f"{where}: not valid JSON: {error.msg} at column {error.colno}. Mend the line.") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
-                raise JobError(f"{where}: not readable JSON: {error}. Mend the line.") from None
-            yield as_object(value, where), where
+            yield parsed(line, where), where
+
+
+def parsed(line: str, where: str) -> Row:
+    """Raises:
+    JobError: not a JSON object."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise JobError(f"{where}: not valid JSON: {error.msg} at column {error.colno}. Mend the line.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
+        raise JobError(f"{where}: not readable JSON: {error}. Mend the line.") from None
+    return as_object(value, where)
 
 
 def json_array(file: Path, key: str | None = None) -> Iterator[tuple[Row, str]]:

@@ -1,43 +1,81 @@
-"""Task section -> examples of a split."""
+"""Task section -> a split's examples, and how they are tokenised."""
 
 from __future__ import annotations
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E, Dart, Jsonl, SamSum, Split, Task, WebNlg, WikiSql
-from pipeline.tasks.dart import read_dart
-from pipeline.tasks.e2e import read_e2e
-from pipeline.tasks.example import Example
-from pipeline.tasks.jsonl import read_jsonl, split_file
-from pipeline.tasks.samsum import read_samsum
-from pipeline.tasks.webnlg import read_webnlg
-from pipeline.tasks.wikisql import read_wikisql
+from pipeline.job.section import Split
+from pipeline.job.task import E2E, Dart, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
+from pipeline.tasks.dart import open_dart
+from pipeline.tasks.draw import drawn, held_back
+from pipeline.tasks.e2e import open_e2e
+from pipeline.tasks.example import Dropped, Example, Source
+from pipeline.tasks.own import open_own, split_files
+from pipeline.tasks.samsum import open_samsum
+from pipeline.tasks.webnlg import open_webnlg
+from pipeline.tasks.wikisql import open_wikisql
 
 
-def read_examples(task: Task, split: Split) -> list[Example]:
+def open_split(task: SingleTask, split: Split) -> Source:
+    """A split of a task, with what the job holds back of it or leaves out.
+
+    Raises:
+        JobError: the split is not there; while it is read, that it is malformed.
+    """
+    share = task.dev_fraction if isinstance(task, OwnData) else None
+    if share is None or split == "test":
+        source = _open(task, split)
+    else:
+        assert isinstance(task, OwnData)
+        source = held_back(_open(task, "train"), share, task.dev_seed, taken=split == "valid")
+    if split == "train" and task.train_examples is not None:
+        source = drawn(source, task.train_examples, task.train_examples_seed)
+    return source
+
+
+def _open(task: SingleTask, split: Split) -> Source:
+    match task:
+        case E2E():
+            return open_e2e(task, split)
+        case WebNlg():
+            return open_webnlg(task, split)
+        case Dart():
+            return open_dart(task, split)
+        case SamSum():
+            return open_samsum(task, split)
+        case WikiSql():
+            return open_wikisql(task, split)
+        case _:
+            return open_own(task, split)
+
+
+def sources_of(task: Task) -> tuple[SingleTask, ...]:
+    """The task itself, or those of a mix."""
+    return task.sources if isinstance(task, Mix) else (task,)
+
+
+def content_keys(task: SingleTask) -> dict[str, object]:
+    """What decides a split's examples beside the files themselves."""
+    return task.model_dump(exclude={"data", "valid", "test", "name", "weight", "too_long", "separator"})
+
+
+def read_examples(task: SingleTask, split: Split) -> list[Example]:
     """All examples of a split, in file order.
 
     Raises:
         JobError: the split is not there, is malformed or empty.
     """
-    match task:
-        case E2E():
-            examples = read_e2e(task, split)
-        case WebNlg():
-            examples = read_webnlg(task, split)
-        case Dart():
-            examples = read_dart(task, split)
-        case SamSum():
-            examples = read_samsum(task, split)
-        case WikiSql():
-            examples = read_wikisql(task, split)
-        case Jsonl():
-            examples = read_jsonl(task, split)
+    examples = [found for found in open_split(task, split).read() if not isinstance(found, Dropped)]
     if not examples:
-        raise JobError(f"task.data = {task.data or '(the hub)'}: the {split} split has no examples. Give it at least one.")
+        raise JobError(f"{named_split(task, split)} has no examples. Give it at least one.")
     return examples
 
 
-def separator_text(task: Task, end_token: str) -> str:
+def named_split(task: SingleTask, split: Split) -> str:
+    """For messages."""
+    return f"task.data = {task.data or '(the hub)'}: the {split} split"
+
+
+def separator_text(task: SingleTask, end_token: str) -> str:
     """What stands between prompt and completion: each task's own, nothing for your own texts."""
     if task.separator is not None:
         return task.separator
@@ -48,10 +86,14 @@ def separator_text(task: Task, end_token: str) -> str:
             return "\n\n"
         case WikiSql():
             return "\nA:"
-        case Jsonl():
+        case _ if task.kind in ("classification", "regression"):
+            return "\n"
+        case _:
             return ""
 
 
-def has_split(task: Task, split: Split) -> bool:
+def has_split(task: SingleTask, split: Split) -> bool:
     """Whether the task has this split; your own data may lack some."""
-    return split_file(task, split) is not None if isinstance(task, Jsonl) else True
+    if not isinstance(task, OwnData) or (split == "valid" and task.dev_fraction is not None):
+        return True
+    return bool(split_files(task, split))

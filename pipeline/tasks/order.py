@@ -9,33 +9,64 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 
-@lru_cache(maxsize=2)
-def _permutation(examples: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)
+def _permutation(examples: int, seed: str, epoch: int) -> np.ndarray:
     # Hashed: torch's CPU generator looks at the low 32 bits of its seed only, so both numbers must be in them.
     mixed = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
-    return torch.randperm(examples, generator=generator).tolist()
+    # As few bytes as do: there may be a hundred million examples.
+    return torch.randperm(examples, generator=generator, dtype=torch.int32 if examples < 1 << 31 else torch.int64).numpy()
 
 
-def example_at(position: int, examples: int, seed: int) -> int:
+def example_at(position: int, examples: int, seed: int | str) -> int:
     """The index of the example at a position of the endless stream."""
     epoch, place = divmod(position, examples)
-    return _permutation(examples, seed, epoch)[place]
+    return int(_permutation(examples, str(seed), epoch)[place])
 
 
-def stream_end(examples: int, epochs: float) -> int:
-    """The position where so many epochs end: after one example at least, however small the share of an epoch."""
-    return max(1, round(examples * epochs))
+@dataclass(frozen=True)
+class Stream:
+    """The endless stream of examples of one source or of several, which lie one behind the other."""
 
+    sizes: tuple[int, ...]
+    """Examples of each source."""
+    seed: int
+    weights: tuple[float, ...] = (1.0,)
+    """How often each source's examples come in an epoch. What is left of a source in one epoch comes in the next."""
 
-def stream_examples(first: int, count: int, examples: int, seed: int) -> list[int]:
-    """The examples at `count` positions from `first` on. Epochs run into one another, so every step but the last can be full."""
-    return [example_at(position, examples, seed) for position in range(first, first + count)]
+    @property
+    def _counts(self) -> list[int]:
+        return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
+
+    @property
+    def epoch(self) -> int:
+        """Examples of an epoch."""
+        return sum(self._counts)
+
+    def end(self, epochs: float) -> int:
+        """The position where so many epochs end: after one example at least, however small the share of an epoch."""
+        return max(1, round(self.epoch * epochs))
+
+    def examples(self, first: int, count: int) -> list[int]:
+        """The examples at `count` positions from `first` on. Epochs run into one another, so every step but the last can be full."""
+        return [self._at(position) for position in range(first, first + count)]
+
+    def _at(self, position: int) -> int:
+        place, passed = example_at(position, self.epoch, self.seed), 0
+        for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
+            if place < count:
+                # A source's own stream goes on from epoch to epoch.
+                inside = place if count == size else example_at(position // self.epoch * count + place, size, f"{self.seed}:{number}")
+                return passed + inside
+            place, passed = place - count, passed + size
+        raise AssertionError("a place beyond its epoch")
 
 
 def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from pipeline.job.errors import JobError
-from pipeline.tasks.example import Example
+from pipeline.tasks.example import Pair
 from pipeline.tasks.files import whole_text
 
 Triple = tuple[str, str, str]
@@ -40,12 +40,12 @@ def linearise(triples: tuple[Triple, ...]) -> str:
     return " | ".join(" : ".join(triple) for triple in triples)
 
 
-def example(prompt: str, text: Text) -> Example:
+def pair(prompt: str, text: Text) -> Pair:
     """Raises:
     JobError: the text is empty."""
     if not text.text.strip():
         raise JobError(f"{text.source}: the text is empty: there is nothing to learn. Mend or remove it.")
-    return Example(prompt, " " + text.text.strip(), text.source)
+    return Pair(prompt, " " + text.text.strip(), text.source)
 
 
 def as_triple(text: str, where: str) -> Triple:

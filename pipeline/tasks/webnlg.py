@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Split, WebNlg
-from pipeline.tasks.example import Example
+from pipeline.job.section import Split
+from pipeline.job.task import WebNlg
+from pipeline.tasks.example import Dropped, Pair, Source
 from pipeline.tasks.files import split_path
 from pipeline.tasks.hub import HubCopy, from_hub
 from pipeline.tasks.json_rows import Row, as_object, field, json_array
-from pipeline.tasks.triples import Entry, Text, as_triple, checked_triple, complete, example, linearise, read_benchmark
+from pipeline.tasks.triples import Entry, Text, as_triple, checked_triple, complete, linearise, pair, read_benchmark
 
 _SEEN = frozenset(
     {"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University", "WrittenWork"}
@@ -32,44 +33,46 @@ _HUB = HubCopy(
 )
 
 
-def read_webnlg(task: WebNlg, split: Split) -> list[Example]:
-    """All examples of a split: files in the order of their paths, texts in file order.
+def open_webnlg(task: WebNlg, split: Split) -> Source:
+    """A split of the task: files in the order of their paths, texts in file order.
 
     Raises:
-        JobError: the folder holds neither form, a file is malformed, or the task's choice leaves none.
+        JobError: the folder holds neither form; later, that a file is malformed or the task's choice leaves none.
     """
     if task.data is None:
         return from_hub(_HUB, split, lambda row, where: [e for entry in _hub_entry(row, where) for e in _examples(task, split, entry)])
     place = split_path(Path(task.data), _NAMES[split], f"WebNLG {split}")
-    entries = list(_entries(place))
-    examples = [e for entry in entries for e in _examples(task, split, entry)]
-    if entries and not examples:
-        raise JobError(
-            f'{place}: none of its {len(entries)} entries is left with task.texts = "{task.texts}" and '
-            f'task.test_categories = "{task.test_categories}". Choose "all".'
-        )
-    return examples
+    files = tuple(sorted(place.rglob("*.xml"))) if place.is_dir() else (place,)
+    if not files:
+        raise JobError(f"{place}: no XML file in it. Put the official files there.")
 
-
-def _entries(place: Path) -> Iterator[Entry]:
-    if place.is_dir():
-        files = sorted(place.rglob("*.xml"))
-        if not files:
-            raise JobError(f"{place}: no XML file in it. Put the official files there.")
+    def read() -> Iterator[Pair | Dropped]:
+        entries = left = 0
         for file in files:
-            yield from read_benchmark(file)
-    elif place.suffix == ".xml":
-        yield from read_benchmark(place)
-    else:
-        yield from _json_entries(place)
+            for entry in read_benchmark(file) if file.suffix == ".xml" else _json_entries(file):
+                entries += 1
+                for found in _examples(task, split, entry):
+                    left += isinstance(found, Pair)
+                    yield found
+        if entries and not left:
+            raise JobError(
+                f'{place}: none of its {entries} entries is left with task.texts = "{task.texts}" and '
+                f'task.test_categories = "{task.test_categories}". Choose "all".'
+            )
+
+    return Source(files, read)
 
 
-def _examples(task: WebNlg, split: Split, entry: Entry) -> list[Example]:
+def _examples(task: WebNlg, split: Split, entry: Entry) -> Iterator[Pair | Dropped]:
     seen = entry.category in _SEEN
     if split == "test" and task.test_categories != "all" and (task.test_categories == "seen") != seen:
-        return []
+        return
     prompt = linearise(entry.triples)
-    return [example(prompt, text) for text in entry.texts if task.texts == "all" or text.comment == "good"]
+    for text in entry.texts:
+        if task.texts == "all" or text.comment == "good":
+            yield pair(prompt, text)
+        else:
+            yield Dropped(f'text marked "{text.comment}"', text.source)
 
 
 def _json_entries(file: Path) -> Iterator[Entry]:

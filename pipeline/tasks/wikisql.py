@@ -8,13 +8,15 @@ Out: prompt: the table's name, its columns and the question, a line each; comple
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Split, WikiSql
-from pipeline.tasks.example import Example
+from pipeline.job.section import Split
+from pipeline.job.task import WikiSql
+from pipeline.tasks.example import Pair, Source
 from pipeline.tasks.files import split_path
 from pipeline.tasks.hub import HubCopy, from_hub
 from pipeline.tasks.json_rows import Row, field, json_lines, texts
@@ -33,26 +35,28 @@ class Table:
     """Of each column: "text", whose values are quoted, or "real"."""
 
 
-def read_wikisql(task: WikiSql, split: Split) -> list[Example]:
-    """All examples of a split, in file order.
+def open_wikisql(task: WikiSql, split: Split) -> Source:
+    """A split of the task.
 
     Raises:
-        JobError: a file is not there or malformed, or a question's table or column does not exist.
+        JobError: a file is not there; later, that one is malformed, or a question's table or column does not exist.
     """
     if task.data is None:
         return from_hub(_HUB, split, _hub_examples)
     questions = split_path(Path(task.data), (f"{_STEM[split]}.jsonl",), f"WikiSQL {split}")
     file = split_path(Path(task.data), (f"{_STEM[split]}.tables.jsonl",), f"WikiSQL {split} tables")
+    return Source((questions, file), lambda: _read(questions, file))
+
+
+def _read(questions: Path, file: Path) -> Iterator[Pair]:
     tables = _tables(file)
-    examples = []
     for row, where in json_lines(questions):
         name = field(row, "table_id", str, where)
         if name not in tables:
             raise JobError(f'{where}: the table "{name}" is not among the {len(tables)} of {file}. Fetch both files again.')
         query = field(row, "sql", dict, where)
         conditions = field(query, "conds", list, where)
-        examples.append(_example(tables[name], row, query, conditions, where))
-    return examples
+        yield _example(tables[name], row, query, conditions, where)
 
 
 def prompt_text(table: Table, question: str) -> str:
@@ -89,7 +93,7 @@ def _table(row: Row, where: str) -> Table:
     return table
 
 
-def _example(table: Table, row: Row, query: Row, conditions: list[Any], where: str) -> Example:
+def _example(table: Table, row: Row, query: Row, conditions: list[Any], where: str) -> Pair:
     question = field(row, "question", str, where)
     if not question.strip():
         raise JobError(f"{where}: the question is empty. Mend or remove the line.")
@@ -99,7 +103,7 @@ def _example(table: Table, row: Row, query: Row, conditions: list[Any], where: s
     try:
         if min(numbers) < 0:
             raise IndexError
-        return Example(prompt_text(table, question), " " + query_text(table, column, aggregate, tests), where)
+        return Pair(prompt_text(table, question), " " + query_text(table, column, aggregate, tests), where)
     except IndexError:
         raise JobError(
             f"{where}: {json.dumps(query)[:200]} names a column, aggregate or operator that does not exist; "
@@ -115,7 +119,7 @@ def _condition(condition: Any, where: str) -> tuple[int, int, str]:
             raise JobError(f"{where}: {json.dumps(condition)[:200]} is not a condition of column, operator and value. Mend the line.")
 
 
-def _hub_examples(row: Row, where: str) -> list[Example]:
+def _hub_examples(row: Row, where: str) -> list[Pair]:
     query = row["sql"]
     conditions = query["conds"]
     triples = zip(conditions["column_index"], conditions["operator_index"], conditions["condition"], strict=True)

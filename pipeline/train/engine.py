@@ -100,16 +100,20 @@ def first_rank_alone(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
         store.wait([name], _LONG)
 
 
-def one_rank_first(ranks: Ranks, fetch: Callable[[], T]) -> T:
-    """Fetches on the first rank of each machine, then on the others, which find its work in the cache; however long it takes."""
+def one_rank_first(ranks: Ranks, what: str, fetch: Callable[[], T]) -> T:
+    """Fetches on the first rank of each machine, then on the others, which find its work in the cache; however long it takes.
+
+    Args:
+        what: a name of its own for each use.
+    """
     store, host = dist.distributed_c10d._get_default_store(), platform.node()
     if ranks.local != 0:
-        store.wait([f"fetched on {host}"], _LONG)
+        store.wait([f"{what} on {host}"], _LONG)
     fetched = fetch()
     if ranks.local == 0:
-        store.set(f"fetched on {host}", "yes")
-    store.set(f"fetched by {ranks.rank}", "yes")
-    store.wait([f"fetched by {rank}" for rank in range(ranks.count)], _LONG)
+        store.set(f"{what} on {host}", "yes")
+    store.set(f"{what} by {ranks.rank}", "yes")
+    store.wait([f"{what} by {rank}" for rank in range(ranks.count)], _LONG)
     return fetched
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from pipeline.job.errors import Diverged, JobError
 from pipeline.job.spec import Train
 from pipeline.tasks.batch import collate
-from pipeline.tasks.example import Sequence
-from pipeline.tasks.order import deal, stream_end, stream_examples
+from pipeline.tasks.order import Stream, deal
+from pipeline.tasks.sequences import Sequences
 from pipeline.train.engine import Ranks
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import Stepper, StepResult
@@ -32,16 +32,16 @@ _NAMED = 8
 class Course:
     """What is trained on, from where, and for how long."""
 
-    sequences: list[Sequence]
-    sources: list[str]
-    """File and line of each sequence."""
+    data: Sequences
+    stream: Stream
+    """The order of its examples."""
     train: Train
     start: Progress = field(default_factory=Progress)
 
     @property
     def end(self) -> int | None:
         """Position in the stream of examples where the epochs end; None where the job counts steps."""
-        return None if self.train.steps else stream_end(len(self.sequences), self.train.epochs or 1.0)
+        return None if self.train.steps else self.stream.end(self.train.epochs or 1.0)
 
     @property
     def steps(self) -> int:
@@ -56,12 +56,12 @@ class Course:
         """The examples of a step (counted from 0), in stream order."""
         first = self.start.position_examples + (step - self.start.step) * self.train.batch_examples
         count = self.train.batch_examples if self.end is None else min(self.train.batch_examples, self.end - first)
-        return stream_examples(first, count, len(self.sequences), self.train.seed)
+        return self.stream.examples(first, count)
 
     def refuse_impossible(self) -> None:
         """Raises:
         JobError: a single example does not fit a micro-batch, or the run is past its end already."""
-        longest = max(map(len, self.sequences))
+        longest = self.data.longest
         if longest > self.train.micro_batch_tokens:
             raise JobError(
                 f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: the longest example has {longest} tokens. "
@@ -100,16 +100,16 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
         start = time.perf_counter()
         ranks.watch.at("dealing examples", step + 1)
         examples = course.examples(step)
-        sequences = [course.sequences[index] for index in examples]
-        dealt = deal([len(s) for s in sequences], ranks.count, train.micro_batch_tokens, train.packing)
+        lengths = [course.data.tokens(index) for index in examples]
+        dealt = deal(lengths, ranks.count, train.micro_batch_tokens, train.packing)
         micro_batches = [
-            collate([sequences[i] for i in chosen], [examples[i] for i in chosen], train.packing, ranks.device)
+            collate([course.data[examples[i]] for i in chosen], [examples[i] for i in chosen], train.packing, ranks.device)
             for chosen in dealt[ranks.rank]
         ]
         if train.dropout:
             # The base's own dropout: reproducible at the same number of ranks only.
             torch.manual_seed(hash((train.seed, step, ranks.rank)) & 0x7FFFFFFF)
-        targets = sum(s.target_tokens for s in sequences)
+        targets = sum(course.data.targets(index) for index in examples)
         rate = learning_rate(train, step, total)
         result = stepper(step, micro_batches, targets, rate)
         seconds = time.perf_counter() - start
@@ -133,9 +133,9 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
             "loss_scale": result.loss_scale,
             "skipped_steps": progress.skipped_steps,
             "examples": len(examples),
-            "tokens": sum(map(len, sequences)),
+            "tokens": sum(lengths),
             "target_tokens": targets,
-            "padding_share": _padding_share(dealt, [len(s) for s in sequences], train.packing),
+            "padding_share": _padding_share(dealt, lengths, train.packing),
             "target_tokens_per_s": targets / seconds,
             "examples_per_s": len(examples) / seconds,
             "step_s": seconds,
@@ -150,7 +150,7 @@ def _suspects(course: Course, step: int, examples: list[int], dealt: list[list[l
     found: list[list[int]] = [[] for _ in range(ranks.count)]
     own = [examples[i] for number in result.suspects for i in dealt[ranks.rank][number]]
     dist.all_gather_object(found, own)
-    names = [course.sources[index] for index in sorted({index for part in found for index in part}) or sorted(set(examples))]
+    names = [course.data.source(index) for index in sorted({index for part in found for index in part}) or sorted(set(examples))]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"step {step + 1} ({', '.join(names[:_NAMED])}{more})"
 

@@ -1,4 +1,4 @@
-"""What a base is: the sha256 of each of its weight files, computed once and remembered by path, size and time of change."""
+"""What files hold: the sha256 of each, of a base's weights or of data, computed once and remembered by path, size and time of change."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _CHUNK_BYTES = 1 << 22
 
 def file_digests(files: tuple[Path, ...]) -> dict[str, str]:
     """File name -> sha256. A hub cache's own blob name is the sha256 and is taken as it is."""
-    memory = _remembered()
-    digests = {}
-    for file in files:
-        target = file.resolve()
-        stat = target.stat()
-        key = f"{target}:{stat.st_size}:{stat.st_mtime_ns}"
-        if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", target.name):
-            digests[file.name] = target.name
-        elif key in memory:
-            digests[file.name] = memory[key]
-        else:
-            digests[file.name] = memory[key] = sha256_of(target)
-            # At once: a process that ends early has not hashed for nothing.
-            _remember(memory)
-    return digests
+    return {file.name: digest_of(file) for file in files}
+
+
+def digest_of(file: Path) -> str:
+    """sha256 of a file, remembered by path, size and time of change."""
+    target = file.resolve()
+    if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", target.name):
+        return target.name
+    stat = target.stat()
+    key, memory = f"{target}:{stat.st_size}:{stat.st_mtime_ns}", _remembered()
+    if key not in memory:
+        memory[key] = sha256_of(target)
+        # At once: a process that ends early has not hashed for nothing.
+        _remember(memory)
+    return memory[key]
 
 
 def base_digest(digests: dict[str, str]) -> str:
@@ -46,9 +46,14 @@ def sha256_of(file: Path) -> str:
     return sha.hexdigest()
 
 
-def _memory_file() -> Path:
+def cache_folder() -> Path:
+    """What is kept between runs and can be made again."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "zlora" / "digests.json"
+    return Path(cache) / "zlora"
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "digests.json"
 
 
 def _remembered() -> dict[str, str]:

@@ -57,7 +57,7 @@ class DataFile(Row):
     file: str
     examples: int
     sha256: str
-    """Of token ids and target starts, in order."""
+    """Of token ids and what is learnt of them, in order."""
 
 
 class Record(Row):

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.job.changes import Verdict, _flat, _verdict, changes, refuse_changes
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Job, Task
+from pipeline.job.spec import Job
+from pipeline.job.task import Task
 
 FREE = {
     "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories",

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E, Dart, Jsonl, SamSum, WebNlg, WikiSql
+from pipeline.job.task import E2E, Dart, Pairs, SamSum, WebNlg, WikiSql
 from pipeline.tasks.example import Sequence
 from pipeline.tasks.json_rows import json_array
 from pipeline.tasks.open import read_examples
@@ -35,7 +35,7 @@ FILES = {
     "list": (Dart, "dart-v1.1.1-full-train.json", '[\n{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "TEXT"}]}]'),
     "lines": (SamSum, "train.jsonl", '\n{"id": "1", "dialogue": "a", "summary": "TEXT"}'),
     "questions": (WikiSql, "train.jsonl", '\n{"table_id": "1", "question": "TEXT", "sql": {"sel": 0, "agg": 0, "conds": []}}'),
-    "own": (Jsonl, "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
+    "own": (Pairs, "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
 }
 
 

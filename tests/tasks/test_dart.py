@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.job.spec import Dart
+from pipeline.job.task import Dart
 from pipeline.tasks.open import read_examples
 from tests.tasks.reading import pairs, refused, stub_hub
 

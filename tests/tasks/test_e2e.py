@@ -7,7 +7,7 @@ import csv
 import pytest
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E
+from pipeline.job.task import E2E
 from pipeline.tasks.e2e import linearise
 from pipeline.tasks.example import grouped
 from pipeline.tasks.open import has_split, read_examples

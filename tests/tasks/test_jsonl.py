@@ -7,14 +7,14 @@ import json
 import pytest
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Jsonl
+from pipeline.job.task import Pairs
 from pipeline.tasks.open import has_split, read_examples
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 def read(file, split="train", **keys):
-    return read_examples(Jsonl(kind="jsonl", data=str(file), **keys), split)
+    return read_examples(Pairs(kind="jsonl", data=str(file), **keys), split)
 
 
 def refused(file, split="train", **keys):
@@ -84,7 +84,7 @@ def test_a_folder_holds_each_split_under_its_name(tmp_path):
     assert [read(tmp_path, split)[0].prompt for split in ("train", "valid")] == ["train", "valid"]
     message = refused(tmp_path, "test")
     assert f"Add {tmp_path}/test.jsonl" in message
-    task = Jsonl(kind="jsonl", data=str(tmp_path))
+    task = Pairs(kind="jsonl", data=str(tmp_path))
     assert [has_split(task, split) for split in ("train", "valid", "test")] == [True, True, False]
 
 
@@ -94,7 +94,7 @@ def test_a_lone_file_is_the_training_split_and_the_others_are_named_beside_it(tm
     other.write_text(GOOD.replace("a", "z"))
     assert read(file, "valid", valid=str(other))[0].prompt == "z"
     assert 'Add test = "FILE"' in refused(file, "test", valid=str(other))
-    assert not has_split(Jsonl(kind="jsonl", data=str(file)), "valid")
+    assert not has_split(Pairs(kind="jsonl", data=str(file)), "valid")
 
 
 def test_a_split_named_in_the_job_is_read_even_beside_a_folder(tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.job.spec import SamSum
+from pipeline.job.task import SamSum
 from pipeline.tasks.open import read_examples, separator_text
 from tests.tasks.reading import pairs, refused, stub_hub
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import E2E, Jsonl
+from pipeline.job.task import E2E, Pairs
 from pipeline.tasks.example import Example
 from pipeline.tasks.open import separator_text
 from pipeline.tasks.tokens import Tokens
@@ -55,7 +55,7 @@ def test_the_loss_begins_at_the_completion_and_counts_the_end_token(folder):
 
 
 def test_the_papers_tasks_are_separated_by_the_end_token_and_own_texts_by_nothing(folder):
-    e2e, own = E2E(kind="e2e"), Jsonl(kind="jsonl", data="x")
+    e2e, own = E2E(kind="e2e"), Pairs(kind="jsonl", data="x")
     tokens = Tokens(folder, lambda end: separator_text(e2e, end))
     assert tokens.prompts([EXAMPLE.prompt]) == [[*ids(folder, EXAMPLE.prompt), tokens.end_id]]
     tokens = Tokens(folder, lambda end: separator_text(own, end))
@@ -63,7 +63,7 @@ def test_the_papers_tasks_are_separated_by_the_end_token_and_own_texts_by_nothin
 
 
 def test_a_separator_of_the_job_takes_the_place_of_the_tasks_own(folder):
-    for task in (E2E(kind="e2e", separator=""), Jsonl(kind="jsonl", data="x", separator=" |")):
+    for task in (E2E(kind="e2e", separator=""), Pairs(kind="jsonl", data="x", separator=" |")):
         tokens = Tokens(folder, lambda end, task=task: separator_text(task, end))
         assert tokens.prompts(["name"]) == [ids(folder, "name" + task.separator)]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.job.spec import WebNlg
+from pipeline.job.task import WebNlg
 from pipeline.tasks.example import grouped
 from pipeline.tasks.open import has_split, read_examples
 from tests.tasks.reading import pairs, refused, stub_hub

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pipeline.job.spec import WikiSql
+from pipeline.job.task import WikiSql
 from pipeline.tasks.open import read_examples, separator_text
 from tests.tasks.reading import pairs, refused, stub_hub
 

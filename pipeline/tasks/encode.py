@@ -1,0 +1,123 @@
+"""Examples -> token sequences, each kind in its own way.
+
+A prompt and its completion are tokenised apart, so that the boundary of the loss is a token boundary, and at generation the model
+sees exactly the prompt tokens it was trained on. A conversation is tokenised whole, as the base's chat template renders it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+from pipeline.job.errors import JobError
+from pipeline.tasks.chat import Template
+from pipeline.tasks.example import Chat, Document, Example, Labelled, Pair, Sequence
+from pipeline.tasks.tokens import Tokens
+
+_BATCH = 1024
+_DOCUMENTS = 16
+"""Tokenised together; each may be a piece of a million characters."""
+
+
+class Encoder:
+    """How one task's examples become sequences.
+
+    Args:
+        separator: text between prompt and completion, or between two texts that are judged together.
+        block_tokens: running text is cut into blocks of so many.
+        vocabulary: rows of the base's embeddings.
+        chat: prompts are conversations that the base's template has rendered.
+    """
+
+    def __init__(self, tokens: Tokens, separator: str, block_tokens: int, vocabulary: int, chat: bool = False) -> None:
+        self._tokens, self._separator, self._block, self._vocabulary = tokens, separator, block_tokens, vocabulary
+        # A template begins a text as it must be.
+        self._lead = [] if chat else tokens.lead
+        self._template = Template(tokens)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """All that the sequences depend on beside the examples."""
+        return self._tokens.digest, self._separator, self._block, self._vocabulary
+
+    def asked(self, examples: list[Example]) -> list[Pair]:
+        """What is generated and what is expected, where examples have that: of a conversation, the last answer."""
+        return [e if isinstance(e, Pair) else self._template.last_turn(e) for e in examples if isinstance(e, Pair | Chat)]
+
+    def prompts(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of prompts with the separator, ready to be continued; an empty one becomes the end token, GPT-2's start."""
+        return [self._lead + ids or [self._tokens.end_id] for ids in self._tokens.ids([text + self._separator for text in texts])]
+
+    def sequences(self, examples: Iterable[Example]) -> Iterator[tuple[Sequence, str]]:
+        """Each sequence and the file and line that it is from; in the order of the examples.
+
+        Raises:
+            JobError: a token that the base has no embedding for, or a conversation that its template cannot render.
+        """
+        for sequence, source in self._encoded(iter(examples)):
+            if (largest := max(sequence.tokens)) >= self._vocabulary:
+                raise JobError(
+                    f"{source}: token {largest} is not among the model's {self._vocabulary} embeddings. Use the tokenizer of this base."
+                )
+            yield sequence, source
+
+    def _encoded(self, examples: Iterator[Example]) -> Iterator[tuple[Sequence, str]]:
+        while batch := list(islice(examples, _BATCH)):
+            # A task's examples are all of one kind.
+            match batch[0]:
+                case Pair():
+                    yield from self._pairs(batch)  # type: ignore[arg-type]
+                case Chat():
+                    yield from self._template.sequences(batch)  # type: ignore[arg-type]
+                case Labelled():
+                    yield from self._labelled(batch)  # type: ignore[arg-type]
+                case Document():
+                    yield from self._blocks(chain(batch, examples))  # type: ignore[arg-type]
+
+    def _pairs(self, pairs: list[Pair]) -> Iterator[tuple[Sequence, str]]:
+        prompts = self.prompts([pair.prompt for pair in pairs])
+        completions = self._tokens.ids([pair.completion for pair in pairs])
+        for pair, prompt, completion in zip(pairs, prompts, completions, strict=True):
+            ids = (*prompt, *completion, self._tokens.end_id)
+            yield Sequence(ids, ((len(prompt), len(ids)),)), pair.source
+
+    def _labelled(self, examples: list[Labelled]) -> Iterator[tuple[Sequence, str]]:
+        joined = self._tokens.ids([self._separator.join(example.texts) for example in examples])
+        for example, ids in zip(examples, joined, strict=True):
+            yield Sequence((*self._tokens.lead, *ids, self._tokens.end_id), (), example.label), example.source
+
+    def _blocks(self, documents: Iterator[Document]) -> Iterator[tuple[Sequence, str]]:
+        """Documents end to end, an end token after each, in blocks of equal length; the last may be shorter."""
+        held: list[int] = []
+        sources: list[tuple[int, str]] = []
+        """Where in `held` each document begins."""
+        open_document = False
+        for batch in iter(lambda: list(islice(documents, _DOCUMENTS)), []):
+            for document, ids in zip(batch, self._tokens.ids([document.text for document in batch]), strict=True):
+                if not document.continued:
+                    held += [self._tokens.end_id] * open_document
+                    ids = self._tokens.lead + ids
+                sources.append((len(held), document.source))
+                held += ids
+                open_document = True
+            while len(held) >= self._block:
+                yield self._block_of(held[: self._block]), _source_at(0, sources)
+                del held[: self._block]
+                sources = [(place - self._block, source) for place, source in sources[_last_before(self._block, sources) :]]
+        held += [self._tokens.end_id] * open_document
+        for first in range(0, len(held), self._block):
+            block = held[first : first + self._block]
+            if len(block) > 1:
+                yield self._block_of(block), _source_at(first, sources)
+
+    def _block_of(self, ids: list[int]) -> Sequence:
+        return Sequence(tuple(ids), ((1, len(ids)),))
+
+
+def _last_before(place: int, sources: list[tuple[int, str]]) -> int:
+    return max(0, bisect(sources, place, key=lambda found: found[0]) - 1)
+
+
+def _source_at(place: int, sources: list[tuple[int, str]]) -> str:
+    return sources[_last_before(place, sources)][1]
