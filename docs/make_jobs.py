@@ -65,6 +65,8 @@ def kind(schema: dict[str, Any]) -> str:
     schema = next((option for option in schema.get("anyOf", []) if option.get("type") != "null"), schema)
     if "enum" in schema:
         return ", ".join(f'`"{choice}"`' for choice in schema["enum"])
+    if "discriminator" in schema:
+        return "[task]"
     if schema["type"] == "array":
         item = schema["items"] if "items" in schema else schema["prefixItems"][0]
         return f"list of {kind(item)}s"

@@ -70,7 +70,7 @@ class Session:
         """The training split, as sequences that fit."""
         limit = min(self.job.train.max_tokens or self.context, self.context)
         tasks = sources_of(self.job.task)
-        stores = [self._store(task, number, limit) for number, task in enumerate(tasks)]
+        stores = [self._store(task, limit) for task in tasks]
         fitted = [fit(store, limit, task.too_long) for store, task in zip(stores, tasks, strict=True)]
         parts = [part for part, _ in fitted]
         stream = Stream(tuple(map(len, parts)), self.job.train.seed, tuple(task.weight for task in tasks))
@@ -82,7 +82,7 @@ class Session:
             tuple(reason for store in stores for reason in store.about.dropped),
         )
 
-    def _store(self, task: SingleTask, number: int, limit: int) -> Store:
+    def _store(self, task: SingleTask, limit: int) -> Store:
         """The training split's tokens: from the cache, or made by one rank of each machine."""
         encoder = self._encoder(task, limit)
 
@@ -97,7 +97,7 @@ class Session:
             )
 
         self.ranks.watch.at("tokenising", patient=True)
-        return one_rank_first(self.ranks, f"tokens {number}", fetch)
+        return one_rank_first(self.ranks, fetch)
 
     def _encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
         separator = separator_text(task, self.tokens.end_text)
@@ -136,7 +136,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     zero = deepspeed_config(Path(job.memory.config))
     dtype = require_dtype(job.base.dtype, ranks.device)
     ranks.watch.at("fetching the base", patient=True)
-    folder = one_rank_first(ranks, "base", lambda: local_base(job.base.model, job.base.revision))
+    folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     ranks.watch.at("starting")
     config = read_config(folder)
     tokens = Tokens(folder)

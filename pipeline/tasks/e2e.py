@@ -18,6 +18,7 @@ from pipeline.job.task import E2E
 from pipeline.tasks.example import Pair, Source
 from pipeline.tasks.files import lines, split_path
 from pipeline.tasks.hub import HubCopy, from_hub
+from pipeline.tasks.rows import rows
 
 _CSV = {"train": "trainset.csv", "valid": "devset.csv", "test": "testset_w_refs.csv"}
 _TEXT = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
@@ -32,7 +33,7 @@ def open_e2e(task: E2E, split: Split) -> Source:
         JobError: the folder holds neither format; later, that a line is malformed.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: [_example([row["meaning_representation"], row["human_reference"]], where)])
+        return from_hub(_HUB, split, lambda row, where: [_pair(row["meaning_representation"], row["human_reference"], where)])
     file = split_path(Path(task.data), (_CSV[split], _TEXT[split]), f"E2E {split}")
     return Source((file,), lambda: _from_csv(file) if file.suffix == ".csv" else _from_text(file))
 
@@ -55,24 +56,15 @@ def linearise(meaning: str) -> str:
 
 
 def _from_csv(file: Path) -> Iterator[Pair]:
-    rows, line = csv.reader((text for _, text in lines(file)), strict=True), 1
-    try:
-        header = next(rows, None)
-        if header != ["mr", "ref"]:
-            raise JobError(f'{file}:1: the columns are {header}, not "mr" and "ref". Is this the official file?')
-        line = rows.line_num + 1
-        for row in rows:
-            if row:
-                yield _example(row, f"{file}:{line}")
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
+    header = next(csv.reader([next(lines(file), (1, ""))[1]]), [])
+    if header != ["mr", "ref"]:
+        raise JobError(f'{file}:1: the columns are {", ".join(header) or "none"}, not "mr" and "ref". Is this the official file?')
+    for where, read in rows(file, "csv"):
+        row = read()
+        yield _pair(row["mr"], row["ref"], where)
 
 
-def _example(row: list[str], where: str) -> Pair:
-    if len(row) != 2:
-        raise JobError(f"{where}: columns found: {len(row)}, expected a meaning representation and a reference. Mend the line.")
-    meaning, reference = row
+def _pair(meaning: str, reference: str, where: str) -> Pair:
     if not reference.strip():
         raise JobError(f"{where}: the reference is empty: there is nothing to learn. Mend or remove the line.")
     try:

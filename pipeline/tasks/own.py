@@ -30,8 +30,8 @@ def open_own(task: OwnData, split: Split) -> Source:
     files = split_files(task, split)
     if not files:
         if Path(task.data).is_dir():
-            endings = ".txt" if isinstance(task, PlainText) else "csv or .tsv" if task.kind == "csv" else "/".join(_endings(task))
-            add = f"{task.data}/{split}{endings}"
+            first, *others = _endings(task)
+            add = f"{task.data}/{split}{first}" + (f" (or {', '.join(others)})" if others else "")
         else:
             add = f'{split} = "FILE" in [task]'
         share = " or task.dev_fraction" if split == "valid" else ""

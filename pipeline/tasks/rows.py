@@ -61,26 +61,38 @@ def _given(row: Row) -> Row:
 
 def _csv(file: Path) -> Iterator[Found]:
     csv.field_size_limit(_LARGEST_CELL)
-    # A byte that is not UTF-8 becomes a mark that the row's reader finds, so that it spoils its own row only.
-    texts = (raw.decode("utf-8", "surrogateescape") for _, raw in raw_lines(file))
-    found, line = csv.reader(texts, strict=True, delimiter="\t" if file.suffix == ".tsv" else ","), 1
+    wrong: list[JobError] = []
+    found, line = csv.reader(_lines(file, wrong), strict=True, delimiter="\t" if file.suffix == ".tsv" else ","), 1
     try:
         header = next(found, [])
+        if wrong:
+            raise wrong[0]
         if not header or len(set(header)) < len(header):
             raise JobError(f"{file}:1: {'names a column twice' if header else 'no header'}. Name each column once in the first line.")
         line = found.line_num + 1
         for cells in found:
             if cells:
                 where = f"{file}:{line}"
-                yield where, partial(_named, header, cells, where)
+                yield where, partial(_named, header, cells, where, wrong[0] if wrong else None)
+            wrong.clear()
             line = found.line_num + 1
     except csv.Error as error:
         raise JobError(f"{file}:{line}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.") from None
 
 
-def _named(header: list[str], cells: list[str], where: str) -> Row:
-    for cell in cells:
-        decoded(cell.encode("utf-8", "surrogateescape"), where)
+def _lines(file: Path, wrong: list[JobError]) -> Iterator[str]:
+    """Notes a line that is not UTF-8 instead of raising: it spoils its own row only."""
+    for number, raw in raw_lines(file):
+        try:
+            yield decoded(raw, f"{file}:{number}")
+        except JobError as error:
+            wrong.append(error)
+            yield raw.decode("utf-8", "replace")
+
+
+def _named(header: list[str], cells: list[str], where: str, wrong: JobError | None) -> Row:
+    if wrong:
+        raise wrong
     if len(cells) != len(header):
         raise JobError(f"{where}: {len(cells)} columns, but the header has {len(header)} ({', '.join(header)}). Mend the line.")
     return dict(zip(header, cells, strict=True))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import deepspeed
@@ -25,6 +26,8 @@ from pipeline.job.zero import zero_stage
 
 T = TypeVar("T")
 _LONG = timedelta(days=1)
+_DONE = "done"
+_FETCHES = count()
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|socket|nccl|gloo", re.IGNORECASE)
 
 
@@ -100,20 +103,35 @@ def first_rank_alone(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
         store.wait([name], _LONG)
 
 
-def one_rank_first(ranks: Ranks, what: str, fetch: Callable[[], T]) -> T:
+def one_rank_first(ranks: Ranks, fetch: Callable[[], T]) -> T:
     """Fetches on the first rank of each machine, then on the others, which find its work in the cache; however long it takes.
 
-    Args:
-        what: a name of its own for each use.
+    Raises:
+        JobError: on every rank, what one of them raised.
     """
-    store, host = dist.distributed_c10d._get_default_store(), platform.node()
+    # All ranks come here equally often.
+    store, host, what = dist.distributed_c10d._get_default_store(), platform.node(), f"fetch {next(_FETCHES)}"
+
+    def answer(name: str) -> None:
+        store.wait([name], _LONG)
+        if refused := store.get(name).decode().removeprefix(_DONE):
+            raise JobError(refused, everywhere=True)
+
     if ranks.local != 0:
-        store.wait([f"{what} on {host}"], _LONG)
-    fetched = fetch()
-    if ranks.local == 0:
-        store.set(f"{what} on {host}", "yes")
-    store.set(f"{what} by {ranks.rank}", "yes")
-    store.wait([f"{what} by {rank}" for rank in range(ranks.count)], _LONG)
+        answer(f"{what} on {host}")
+    told = _DONE
+    try:
+        fetched = fetch()
+    except JobError as error:
+        # Whoever waits must hear of it: it will not find what it waits for.
+        told = str(error)
+        raise
+    finally:
+        store.set(f"{what} by {ranks.rank}", told)
+        if ranks.local == 0:
+            store.set(f"{what} on {host}", told)
+    for rank in range(ranks.count):
+        answer(f"{what} by {rank}")
     return fetched
 
 

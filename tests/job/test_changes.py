@@ -12,7 +12,8 @@ from pipeline.job.spec import Job
 from pipeline.job.task import Task
 
 FREE = {
-    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories",
+    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories", "task.name",
+    *(f"task.sources[0].{key}" for key in ("data", "valid", "test", "name")),
     "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
     "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
@@ -27,6 +28,12 @@ DELIBERATE = {
 NEVER = {
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.separator",
     "task.too_long", "task.texts", "task.empty_texts", "train.batch_examples", "train.max_tokens", "train.seed",
+    "task.train_examples", "task.train_examples_seed", "task.weight", "task.dev_fraction", "task.dev_seed", "task.bad_rows",
+    "task.prompt", "task.completion", "task.messages", "task.text", "task.text_pair", "task.label", "task.labels", "task.document",
+    *(f"task.sources[0].{key}" for key in (
+        "kind", "separator", "too_long", "train_examples", "train_examples_seed", "weight", "dev_fraction", "dev_seed", "bad_rows",
+        "prompt", "completion",
+    )),
 }  # fmt: skip
 
 
@@ -43,7 +50,12 @@ def job(**changed):
 
 
 def test_every_key_has_the_verdict_it_was_given():
-    tasks = ({"kind": "jsonl", "data": "d"}, *({"kind": kind} for kind in ("e2e", "webnlg", "dart", "samsum", "wikisql")))
+    own = {"jsonl": {}, "chat": {}, "classification": {"labels": ["a", "b"]}, "regression": {}, "text": {}}
+    tasks = (
+        *({"kind": kind} for kind in ("e2e", "webnlg", "dart", "samsum", "wikisql")),
+        *({"kind": kind, "data": "d", **keys} for kind, keys in own.items()),
+        {"kind": "mix", "sources": [{"kind": "jsonl", "data": "d"}]},
+    )
     assert len(tasks) == len(get_args(get_args(Task)[0]))
     keys = {key for task in tasks for key in _flat("", job(task=task).model_dump(mode="json"))}
     assert keys == FREE | DELIBERATE | NEVER

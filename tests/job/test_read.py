@@ -230,7 +230,7 @@ def test_a_task_without_a_kind_is_told_the_kinds():
 def test_a_misspelt_kind_is_told_the_kinds():
     message = refused(SHORT.replace('"jsonl"', '"json"'))
     assert 'task.kind = "json"' in message
-    assert "'e2e', 'jsonl'" in message
+    assert "'jsonl', 'csv', 'parquet'" in message
     message = refused(SHORT.replace('"lora"', '"lorra"'))
     assert 'methods[0].kind = "lorra"' in message
     assert "'lora'" in message

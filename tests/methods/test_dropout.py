@@ -7,11 +7,11 @@ import torch
 
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.tasks.batch import collate
-from pipeline.tasks.example import Sequence
+from tests.tasks.making import learnt_from
 
 
 def keys(ids, lengths, packed=True):
-    return collate([Sequence(tuple(range(n)), 1) for n in lengths], ids, packed, torch.device("cpu")).keys
+    return collate([learnt_from(range(n), 1) for n in lengths], ids, packed, torch.device("cpu")).keys
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])

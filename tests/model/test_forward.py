@@ -22,9 +22,9 @@ from pipeline.model.head import Head, head_loss
 from pipeline.model.linear import FrozenLinear
 from pipeline.model.load import load_base
 from pipeline.tasks.batch import collate
-from pipeline.tasks.example import Sequence
 from pipeline.train.engine import Engine
 from tests.bases import VOCABULARY
+from tests.tasks.making import learnt_from, start_of
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 CPU = torch.device("cpu")
@@ -38,10 +38,10 @@ TIGHT = {
 """A small model fits into every default; with these numbers each module is gathered and released by itself."""
 
 
-def _sequences() -> list[Sequence]:
+def _sequences():
     rng = np.random.default_rng(1)
     lengths = [(19, 5), (4, 1), (11, 10), (2, 1), (26, 13), (8, 3), (15, 2)]
-    return [Sequence(tuple(rng.integers(1, VOCABULARY, length).tolist()), start) for length, start in lengths]
+    return [learnt_from(rng.integers(1, VOCABULARY, length).tolist(), start) for length, start in lengths]
 
 
 SEQUENCES = _sequences()
@@ -111,7 +111,7 @@ def score(ranks, folder, zero, packed, smoothing):
         lengths = [len(SEQUENCES[i]) for i in mine]
         grad = embedded[-1].grad
         rows = grad[0].split(lengths) if packed else [grad[row, :length] for row, length in enumerate(lengths)]
-        states = hidden[-1].split([SEQUENCES[i].target_tokens for i in mine])
+        states = hidden[-1].split([SEQUENCES[i].targets for i in mine])
         by_example = {i: (state.numpy(), row.numpy()) for i, state, row in zip(mine, states, rows, strict=True)}
         answers.append((float(loss.detach()), float(nll), by_example))
     engine.release()
@@ -242,8 +242,8 @@ def reference(folder, smoothing):
         tokens = torch.tensor(sequence.tokens)
         embedded = model.get_input_embeddings()(tokens[None]).requires_grad_()
         output = model(inputs_embeds=embedded, output_hidden_states=True)
-        places = slice(sequence.target_start - 1, len(sequence) - 1)
-        loss, nll = smoothed(output.logits[0, places].log_softmax(-1), tokens[sequence.target_start :], smoothing)
+        places = slice(start_of(sequence) - 1, len(sequence) - 1)
+        loss, nll = smoothed(output.logits[0, places].log_softmax(-1), tokens[start_of(sequence) :], smoothing)
         loss.backward()
         answers.append(
             (float(loss.detach()), float(nll.detach()), output.hidden_states[-1][0, places].detach().numpy(), embedded.grad[0].numpy())

@@ -28,9 +28,9 @@ from pipeline.model.zero3 import Partitioner, shard_bytes
 from pipeline.screen import Screen
 from pipeline.session import open_session
 from pipeline.tasks.batch import collate
-from pipeline.tasks.example import Sequence
 from pipeline.train.engine import Engine
 from tests.bases import VOCABULARY, make_gpt2, make_llama
+from tests.tasks.making import learnt_from
 from tests.training import write_job
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
@@ -215,7 +215,7 @@ def used(ranks, folder):
     base.model.get_input_embeddings().register_forward_hook(leaf)
     engine = Engine(root, ZERO3)
     for _ in range(2):
-        batch = collate([Sequence((5, 6, 7, 8, 9, 10), 2), Sequence((11, 12, 13), 1)], [0, 1], True, CPU)
+        batch = collate([learnt_from((5, 6, 7, 8, 9, 10), 2), learnt_from((11, 12, 13), 1)], [0, 1], True, CPU)
         root(batch=batch)[0].backward()
         engine.after_backward()
     engine.release()

@@ -86,8 +86,8 @@ def test_what_is_no_meaning_is_refused(meaning):
     ("row", "part"),
     [
         ("name a,A place.", '"name a" is not of the form name[value]'),
-        ("name[a]", "columns found: 1"),
-        ("name[a],A place.,more", "columns found: 3"),
+        ("name[a]", "1 columns, but the header has 2"),
+        ("name[a],A place.,more", "3 columns, but the header has 2"),
         ("name[a],", "the reference is empty"),
         ('name[a],"A place.', "not valid CSV"),
         ('name[a],"A" place.', "not valid CSV"),

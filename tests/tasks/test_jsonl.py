@@ -104,7 +104,30 @@ def test_a_split_named_in_the_job_is_read_even_beside_a_folder(tmp_path):
     assert read(tmp_path, "valid", valid=str(other))[0].prompt == "z"
 
 
-def test_a_folder_in_a_files_place_is_refused_by_name(tmp_path):
-    file = tmp_path / "own.jsonl"
+def test_a_split_may_be_a_folder_of_files_in_the_order_of_their_names(tmp_path):
+    for name in ("b", "a/z", "a/c"):
+        file = tmp_path / "train" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(GOOD.replace("a", name))
+    (tmp_path / "train" / "notes.md").write_text("not data")
+    assert [e.prompt for e in read(tmp_path)] == ["a/c", "a/z", "b"]
+    assert [e.prompt for e in read(tmp_path / "train" / "b.jsonl", "test", test=str(tmp_path / "train"))] == ["a/c", "a/z", "b"]
+
+
+def test_a_split_may_be_numbered_parts(tmp_path):
+    for number in (1, 0):
+        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(GOOD.replace("a", str(number)))
+    assert [e.prompt for e in read(tmp_path)] == ["0", "1"]
+
+
+def test_two_files_that_could_be_the_split_are_refused(tmp_path):
+    (tmp_path / "valid.jsonl").write_text(GOOD)
+    (tmp_path / "dev.jsonl").write_text(GOOD)
+    assert "dev.jsonl and valid.jsonl could both be the valid split" in refused(tmp_path, "valid")
+
+
+def test_an_empty_folder_in_a_splits_place_is_refused_by_name(tmp_path):
+    file, empty = tmp_path / "own.jsonl", tmp_path / "empty"
     file.write_text(GOOD)
-    assert f"{tmp_path}: not a file" in refused(file, "test", test=str(tmp_path))
+    empty.mkdir()
+    assert "there is no test split" in refused(file, "test", test=str(empty))

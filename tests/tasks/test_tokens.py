@@ -11,22 +11,19 @@ from tokenizers.processors import TemplateProcessing
 
 from pipeline.job.errors import JobError
 from pipeline.job.task import E2E, Pairs
-from pipeline.tasks.example import Example
+from pipeline.tasks.example import Pair
 from pipeline.tasks.open import separator_text
 from pipeline.tasks.tokens import Tokens
 from tests.bases import make_tokenizer
+from tests.tasks.making import encoded, encoder, start_of
 
-EXAMPLE = Example("name : Blue Spice | food : Italian", " The Blue Spice is Italian .", "here:1")
+EXAMPLE = Pair("name : Blue Spice | food : Italian", " The Blue Spice is Italian .", "here:1")
 
 
 @pytest.fixture
 def folder(tmp_path):
     make_tokenizer(tmp_path)
     return tmp_path
-
-
-def nothing(end):
-    return ""
 
 
 def ids(folder, text):
@@ -47,69 +44,67 @@ def give_lead(folder, template, bos):
 
 
 def test_the_loss_begins_at_the_completion_and_counts_the_end_token(folder):
-    tokens = Tokens(folder, lambda end: " =>")
-    (sequence,) = tokens.sequences([EXAMPLE])
-    assert list(sequence.tokens[: sequence.target_start]) == ids(folder, EXAMPLE.prompt + " =>")
-    assert list(sequence.tokens[sequence.target_start :]) == [*ids(folder, EXAMPLE.completion), tokens.end_id]
-    assert sequence.target_tokens == len(ids(folder, EXAMPLE.completion)) + 1
+    (sequence,) = encoded(encoder(folder, " =>"), [EXAMPLE])
+    start = start_of(sequence)
+    assert list(sequence.tokens[:start]) == ids(folder, EXAMPLE.prompt + " =>")
+    assert list(sequence.tokens[start:]) == [*ids(folder, EXAMPLE.completion), Tokens(folder).end_id]
+    assert sequence.targets == len(ids(folder, EXAMPLE.completion)) + 1
 
 
 def test_the_papers_tasks_are_separated_by_the_end_token_and_own_texts_by_nothing(folder):
     e2e, own = E2E(kind="e2e"), Pairs(kind="jsonl", data="x")
-    tokens = Tokens(folder, lambda end: separator_text(e2e, end))
-    assert tokens.prompts([EXAMPLE.prompt]) == [[*ids(folder, EXAMPLE.prompt), tokens.end_id]]
-    tokens = Tokens(folder, lambda end: separator_text(own, end))
-    assert tokens.prompts([EXAMPLE.prompt]) == [ids(folder, EXAMPLE.prompt)]
+    tokens = Tokens(folder)
+    made = encoder(folder, separator_text(e2e, tokens.end_text))
+    assert made.prompts([EXAMPLE.prompt]) == [[*ids(folder, EXAMPLE.prompt), tokens.end_id]]
+    made = encoder(folder, separator_text(own, tokens.end_text))
+    assert made.prompts([EXAMPLE.prompt]) == [ids(folder, EXAMPLE.prompt)]
 
 
 def test_a_separator_of_the_job_takes_the_place_of_the_tasks_own(folder):
     for task in (E2E(kind="e2e", separator=""), Pairs(kind="jsonl", data="x", separator=" |")):
-        tokens = Tokens(folder, lambda end, task=task: separator_text(task, end))
-        assert tokens.prompts(["name"]) == [ids(folder, "name" + task.separator)]
+        assert encoder(folder, separator_text(task, "<|endoftext|>")).prompts(["name"]) == [ids(folder, "name" + task.separator)]
 
 
 def test_generation_sees_exactly_the_prompt_tokens_of_training(folder):
-    tokens = Tokens(folder, lambda end: end)
-    examples = [EXAMPLE, Example("", "x", "2"), Example("Blue", "Spice", "3")]
-    for sequence, prompt in zip(tokens.sequences(examples), tokens.prompts([e.prompt for e in examples]), strict=True):
-        assert list(sequence.tokens[: sequence.target_start]) == prompt
+    made = encoder(folder, "<|endoftext|>")
+    examples = [EXAMPLE, Pair("", "x", "2"), Pair("Blue", "Spice", "3")]
+    for sequence, prompt in zip(encoded(made, examples), made.prompts([e.prompt for e in examples]), strict=True):
+        assert list(sequence.tokens[: start_of(sequence)]) == prompt
 
 
 def test_an_empty_prompt_still_gives_the_first_target_something_to_follow(folder):
-    tokens = Tokens(folder, nothing)
-    (sequence,) = tokens.sequences([Example("", "x", "1")])
-    assert sequence.target_start == 1
-    assert sequence.tokens[0] == tokens.end_id
+    (sequence,) = encoded(encoder(folder), [Pair("", "x", "1")])
+    assert start_of(sequence) == 1
+    assert sequence.tokens[0] == Tokens(folder).end_id
 
 
 def test_a_lead_token_stands_before_the_prompt_only_where_the_tokenizer_adds_one(folder):
-    plain = Tokens(folder, nothing).sequences([EXAMPLE])[0]
+    (plain,) = encoded(encoder(folder), [EXAMPLE])
     lead = give_lead(folder, "<s> $A", "<s>")
-    tokens = Tokens(folder, nothing)
-    led = tokens.sequences([EXAMPLE])[0]
+    (led,) = encoded(encoder(folder), [EXAMPLE])
     assert led.tokens == (lead, *plain.tokens)
-    assert led.target_start == plain.target_start + 1
-    assert tokens.prompts([""]) == [[lead]]
+    assert start_of(led) == start_of(plain) + 1
+    assert encoder(folder).prompts([""]) == [[lead]]
 
 
 def test_an_end_token_that_the_tokenizer_adds_is_not_doubled(folder):
-    plain = Tokens(folder, nothing).sequences([EXAMPLE])[0]
+    plain = encoded(encoder(folder), [EXAMPLE])
     give_lead(folder, "$A <|endoftext|>", "<s>")
-    assert Tokens(folder, nothing).sequences([EXAMPLE])[0] == plain
+    assert encoded(encoder(folder), [EXAMPLE]) == plain
 
 
 def test_many_examples_keep_their_order(folder):
-    examples = [Example(f"{number}", f" {number}", "x") for number in range(2100)]
-    tokens = Tokens(folder, nothing)
-    sequences = tokens.sequences(examples)
+    examples = [Pair(f"{number}", f" {number}", "x") for number in range(2100)]
+    made, tokens = encoder(folder), Tokens(folder)
+    sequences = encoded(made, examples)
     assert len(sequences) == 2100
     for number in (0, 1023, 1024, 1025, 2047, 2048, 2099):
-        assert sequences[number] == tokens.sequences([examples[number]])[0]
-        assert tokens.text(list(sequences[number].tokens[sequences[number].target_start :]), (tokens.end_id,)) == str(number)
+        assert [sequences[number]] == encoded(made, [examples[number]])
+        assert tokens.text(list(sequences[number].tokens[start_of(sequences[number]) :]), (tokens.end_id,)) == str(number)
 
 
 def test_generated_text_ends_at_the_end_token(folder):
-    tokens = Tokens(folder, nothing)
+    tokens = Tokens(folder)
     new = ids(folder, " The Blue Spice")
     assert tokens.text([*new, tokens.end_id, *new], (tokens.end_id,)) == "The Blue Spice"
     assert tokens.text(new, (tokens.end_id,)) == "The Blue Spice"
@@ -118,12 +113,14 @@ def test_generated_text_ends_at_the_end_token(folder):
 
 
 def test_gpt2s_own_tokenizer_gives_the_papers_sequence(shared_data):
-    tokens = Tokens(shared_data / "gpt2_tokenizer", lambda end: separator_text(E2E(kind="e2e"), end))
-    (sequence,) = tokens.sequences([Example("name : Blue Spice | Type : coffee shop", " A coffee shop .", "1")])
+    folder = shared_data / "gpt2_tokenizer"
+    tokens = Tokens(folder)
+    made = encoder(folder, separator_text(E2E(kind="e2e"), tokens.end_text))
+    (sequence,) = encoded(made, [Pair("name : Blue Spice | Type : coffee shop", " A coffee shop .", "1")])
     # GPT-2's published vocabulary: 50256 is <|endoftext|>.
     assert tokens.end_id == 50256
-    assert [place for place, token in enumerate(sequence.tokens) if token == 50256] == [sequence.target_start - 1, len(sequence) - 1]
-    assert tokens.text(list(sequence.tokens[sequence.target_start :]), (tokens.end_id,)) == "A coffee shop ."
+    assert [place for place, token in enumerate(sequence.tokens) if token == 50256] == [start_of(sequence) - 1, len(sequence) - 1]
+    assert tokens.text(list(sequence.tokens[start_of(sequence) :]), (tokens.end_id,)) == "A coffee shop ."
 
 
 def test_a_folder_without_a_tokenizer_is_refused_even_if_its_config_names_one(folder, tmp_path):
@@ -133,14 +130,14 @@ def test_a_folder_without_a_tokenizer_is_refused_even_if_its_config_names_one(fo
         if config:
             (bare / "config.json").write_text(config)
         with pytest.raises(JobError, match="no tokenizer"):
-            Tokens(bare, nothing)
+            Tokens(bare)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '{"added_tokens": [], "model": {"type": "Nope"}}'])
 def test_a_corrupt_tokenizer_is_refused_by_its_folder(folder, text):
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(JobError) as caught:
-        Tokens(folder, nothing)
+        Tokens(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -151,4 +148,4 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_repair(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.rmtree(folder / "special_tokens_map.json", ignore_errors=True)
     with pytest.raises(JobError, match="Set eos_token"):
-        Tokens(folder, nothing)
+        Tokens(folder)

@@ -6,16 +6,18 @@ import pytest
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Train
-from pipeline.tasks.example import Sequence
+from pipeline.tasks.order import Stream
+from pipeline.tasks.sequences import Listed
 from pipeline.train.loop import Course
 from pipeline.weights.state import Progress
+from tests.tasks.making import learnt_from
 
 
 def course(examples, batch=8, start=(0, 0), **train):
     step, position = start
     return Course(
-        [Sequence((1, 2), 1)] * examples,
-        [f"file:{n}" for n in range(examples)],
+        Listed([learnt_from((1, 2), 1)] * examples, [f"file:{n}" for n in range(examples)]),
+        Stream((examples,), 1),
         Train(batch_examples=batch, **train),
         Progress(step=step, position_examples=position),
     )
