@@ -101,8 +101,11 @@ def field(row: Row, key: str, kind: type[Kind], where: str) -> Kind:
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"it is {type(value).__name__}, not {_WORDS[kind]}" if key in row else f"has {', '.join(sorted(map(str, row)))}"
         raise JobError(f'{where}: "{key}" is missing or not {_WORDS[kind]} ({found}). Mend the line.')
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise JobError(f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.')
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise JobError(f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.') from None
     return value
 
 
