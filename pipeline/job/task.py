@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from pipeline.job.section import Section, Seed, Text
 
@@ -76,11 +76,12 @@ class Glue(TaskSection):
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What to do with a row that cannot be used: refuse the file, or leave the row out and count it. QQP's first release has torn rows."""
 
-    @model_validator(mode="after")
-    def _section_of_mnli(self) -> Glue:
-        if self.name != "mnli" and self.section != "matched":
-            raise ValueError(f'section = "{self.section}": {self.name} has no sections, only mnli has. Leave the key out.')
-        return self
+    @field_validator("section")
+    @classmethod
+    def _of_mnli(cls, section: str, others: ValidationInfo) -> str:
+        if section != "matched" and others.data.get("name", "mnli") != "mnli":
+            raise ValueError(f'"{section}": {others.data["name"]} has no sections, only mnli has. Leave the key out.')
+        return section
 
 
 class OwnData(TaskSection):

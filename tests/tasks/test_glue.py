@@ -242,7 +242,7 @@ def test_mnli_s_sections_are_chosen_and_joined(tmp_path):
 
 
 def test_only_mnli_has_sections(tmp_path):
-    with pytest.raises(ValueError, match=r'section = "both": rte has no sections'):
+    with pytest.raises(ValueError, match='"both": rte has no sections'):
         task("rte", tmp_path, section="both")
 
 
