@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.job.section import Section
 from pipeline.job.spec import Base, Evaluate, Lora, Memory, Train
-from pipeline.job.task import E2E, Classification, Conversations, Dart, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
+from pipeline.job.task import E2E, Classification, Conversations, Dart, Glue, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 
 TARGET = Path(__file__).parent / "jobs.md"
 SECTIONS: list[tuple[str, type[Section]]] = [
@@ -19,6 +19,7 @@ SECTIONS: list[tuple[str, type[Section]]] = [
     ('[task] kind = "dart"', Dart),
     ('[task] kind = "samsum"', SamSum),
     ('[task] kind = "wikisql"', WikiSql),
+    ('[task] kind = "glue"', Glue),
     ('[task] kind = "jsonl" | "csv" | "parquet"', Pairs),
     ('[task] kind = "chat"', Conversations),
     ('[task] kind = "classification"', Classification),

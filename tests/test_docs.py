@@ -34,12 +34,12 @@ def test_the_page_of_tasks_has_every_kind():
 
 
 def test_every_shipped_job_is_valid(tmp_path, monkeypatch):
-    for name in ("e2e", "webnlg", "dart"):
+    for name in ("e2e", "webnlg", "dart", "glue"):
         (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
     jobs = sorted((ROOT / "jobs").rglob("*.toml"))
-    assert len(jobs) == 7
+    assert len(jobs) == 15
     for job in jobs:
         read_job(job)
         assert job.read_text().startswith("# "), f"{job} has no header"
@@ -66,6 +66,32 @@ def test_the_paper_s_jobs_have_the_paper_s_counts_and_settings(tmp_path, monkeyp
     assert (train.batch_examples, train.epochs, train.learning_rate) == (8, 5, 2e-4)
     assert (train.weight_decay, train.label_smoothing) == (0.01 * regularised, 0.1 * regularised)
     assert (train.warmup_steps, train.schedule, train.clip_norm) == (500, "linear", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "rate"),
+    [
+        ("mnli", 16, 30, 5e-4),
+        ("sst2", 16, 60, 5e-4),
+        ("mrpc", 16, 30, 4e-4),
+        ("cola", 32, 80, 4e-4),
+        ("qnli", 32, 25, 4e-4),
+        ("qqp", 16, 25, 5e-4),
+        ("rte", 32, 80, 5e-4),
+        ("stsb", 16, 40, 4e-4),
+    ],
+)
+def test_the_paper_s_jobs_of_glue_have_the_settings_of_its_table_9(tmp_path, monkeypatch, name, batch, epochs, rate):
+    (tmp_path / "data" / "glue").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    job = read_job(ROOT / "jobs" / "glue" / f"roberta_base_lora_{name}.toml")
+    lora, train = job.methods[0], job.train
+    assert 12 * len(lora.targets) * 2 * 768 * lora.rank == 294_912
+    assert (lora.targets, lora.alpha, lora.dropout) == (("q", "v"), 8, 0)
+    assert (train.batch_examples, train.epochs, train.learning_rate) == (batch, epochs, rate)
+    assert (train.warmup_ratio, train.schedule, train.max_tokens) == (0.06, "linear", 512)
+    assert job.task.name == name
+    assert name != "mnli" or job.task.section == "both"
 
 
 def test_the_readme_names_every_folder_and_the_docs_every_command():

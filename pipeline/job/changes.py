@@ -21,8 +21,8 @@ _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
     r"|evaluate\..*|memory\..*"
     # Where base and data lie is free: what they hold is compared by digest.
-    # Nor does a choice among the test split touch what is trained.
-    r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|name)"
+    # Nor does a choice among the valid or test split touch what is trained.
+    r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|name)"
 )
 _DELIBERATE = re.compile(
     r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout)"

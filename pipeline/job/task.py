@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from pipeline.job.section import Section, Seed, Text
 
@@ -63,6 +63,25 @@ class WikiSql(TaskSection):
     """WikiSQL questions and queries (Zhong et al. 2017): the official JSON lines of questions and of tables."""
 
     kind: Literal["wikisql"]
+
+
+class Glue(TaskSection):
+    """GLUE, general language understanding (Wang et al. 2019): the official files; `data` may also be the folder that holds all tasks'."""
+
+    kind: Literal["glue"]
+    name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+    """Which of the tasks. In a mix, its scores are named after it."""
+    section: Literal["matched", "mismatched", "both"] = "matched"
+    """Of MNLI's valid and test splits: the training split's genres, others, or both, as the paper scores RoBERTa and DeBERTa."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What to do with a row that cannot be used: refuse the file, or leave the row out and count it. QQP's first release has torn rows."""
+
+    @field_validator("section")
+    @classmethod
+    def _of_mnli(cls, section: str, others: ValidationInfo) -> str:
+        if section != "matched" and others.data.get("name", "mnli") != "mnli":
+            raise ValueError(f'"{section}": {others.data["name"]} has no sections, only mnli has. Leave the key out.')
+        return section
 
 
 class OwnData(TaskSection):
@@ -138,7 +157,7 @@ class PlainText(OwnData):
     """What is one document of a plain text file; blank lines part paragraphs."""
 
 
-_Single: TypeAlias = E2E | WebNlg | Dart | SamSum | WikiSql | Pairs | Conversations | Classification | Regression | PlainText
+_Single: TypeAlias = E2E | WebNlg | Dart | SamSum | WikiSql | Glue | Pairs | Conversations | Classification | Regression | PlainText
 SingleTask = Annotated[_Single, Field(discriminator="kind")]
 
 

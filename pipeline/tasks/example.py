@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+
+from pipeline.job.errors import JobError
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Dropped:
 
     reason: str
     source: str
+
+
+def dropped(error: JobError, source: str) -> Dropped:
+    """A row left out for what a message says of it, but for place, value and repair: rows with the same fault are counted together."""
+    return Dropped(re.split(r"[(:]|\. ", str(error).removeprefix(f"{source}: "))[0].strip(), source)
 
 
 @dataclass(frozen=True)

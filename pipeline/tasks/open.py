@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pipeline.job.errors import JobError
 from pipeline.job.section import Split
-from pipeline.job.task import E2E, Dart, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
+from pipeline.job.task import E2E, Dart, Glue, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
 from pipeline.tasks.dart import open_dart
 from pipeline.tasks.draw import drawn, held_back
 from pipeline.tasks.e2e import open_e2e
 from pipeline.tasks.example import Dropped, Example, Source
+from pipeline.tasks.glue import open_glue
 from pipeline.tasks.own import open_own, split_files
 from pipeline.tasks.samsum import open_samsum
 from pipeline.tasks.webnlg import open_webnlg
@@ -44,6 +45,8 @@ def _open(task: SingleTask, split: Split) -> Source:
             return open_samsum(task, split)
         case WikiSql():
             return open_wikisql(task, split)
+        case Glue():
+            return open_glue(task, split)
         case _:
             return open_own(task, split)
 
@@ -55,7 +58,8 @@ def sources_of(task: Task) -> tuple[SingleTask, ...]:
 
 def content_keys(task: SingleTask) -> dict[str, object]:
     """What decides a split's examples beside the files themselves."""
-    return task.model_dump(exclude={"data", "valid", "test", "name", "weight", "too_long", "separator"})
+    keys = task.model_dump(exclude={"data", "valid", "test", "name", "weight", "too_long", "separator"})
+    return {**keys, "name": task.name} if isinstance(task, Glue) else keys
 
 
 def read_examples(task: SingleTask, split: Split) -> list[Example]:
@@ -86,7 +90,7 @@ def separator_text(task: SingleTask, end_token: str) -> str:
             return "\n\n"
         case WikiSql():
             return "\nA:"
-        case _ if task.kind in ("classification", "regression"):
+        case _ if task.kind in ("glue", "classification", "regression"):
             return "\n"
         case _:
             return ""

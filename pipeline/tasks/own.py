@@ -14,7 +14,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.section import Split
 from pipeline.job.task import Classification, Conversations, OwnData, Pairs, PlainText, Regression
 from pipeline.tasks.documents import documents
-from pipeline.tasks.example import Chat, Document, Dropped, Example, Labelled, Message, Pair, Source
+from pipeline.tasks.example import Chat, Document, Dropped, Example, Labelled, Message, Pair, Source, dropped
 from pipeline.tasks.json_rows import Row, as_object, field
 from pipeline.tasks.rows import FORMATS, Format, rows
 
@@ -103,7 +103,7 @@ def _read(task: OwnData, files: tuple[Path, ...]) -> Iterator[Example | Dropped]
             except JobError as error:
                 if task.bad_rows == "refuse":
                     raise
-                yield Dropped(_reason(str(error), where), where)
+                yield dropped(error, where)
 
 
 def _example(task: OwnData, row: Row, where: str) -> Example:
@@ -155,8 +155,3 @@ def _number(row: Row, key: str, where: str) -> float:
         found = f'it is "{str(value)[:80]}"' if key in row else f"has {', '.join(sorted(map(str, row)))}"
         raise JobError(f'{where}: "{key}" is missing or not a number ({found}). Mend the line.') from None
     return number
-
-
-def _reason(message: str, where: str) -> str:
-    """What is wrong, without the place, the value and the repair: rows with the same fault are counted together."""
-    return re.split(r"[(:]|\. ", message.removeprefix(f"{where}: "))[0].strip()

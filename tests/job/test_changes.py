@@ -12,7 +12,7 @@ from pipeline.job.spec import Job
 from pipeline.job.task import Task
 
 FREE = {
-    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories", "task.name",
+    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories", "task.section", "task.name",
     *(f"task.sources[0].{key}" for key in ("data", "valid", "test", "name")),
     "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
     "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
@@ -54,6 +54,7 @@ def test_every_key_has_the_verdict_it_was_given():
     tasks = (
         *({"kind": kind} for kind in ("e2e", "webnlg", "dart", "samsum", "wikisql")),
         *({"kind": kind, "data": "d", **keys} for kind, keys in own.items()),
+        {"kind": "glue", "name": "mnli"},
         {"kind": "mix", "sources": [{"kind": "jsonl", "data": "d"}]},
     )
     assert len(tasks) == len(get_args(get_args(Task)[0]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import pytest
 
 from pipeline.job.errors import JobError
-from pipeline.job.task import E2E, Dart, Pairs, SamSum, WebNlg, WikiSql
+from pipeline.job.task import E2E, Dart, Glue, Pairs, SamSum, WebNlg, WikiSql
+from pipeline.tasks.example import Labelled
 from pipeline.tasks.json_rows import json_array
 from pipeline.tasks.open import read_examples
 from pipeline.tasks.sequences import Listed, fit
@@ -35,6 +37,7 @@ FILES = {
     "list": (Dart, "dart-v1.1.1-full-train.json", '[\n{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "TEXT"}]}]'),
     "lines": (SamSum, "train.jsonl", '\n{"id": "1", "dialogue": "a", "summary": "TEXT"}'),
     "questions": (WikiSql, "train.jsonl", '\n{"table_id": "1", "question": "TEXT", "sql": {"sel": 0, "agg": 0, "conds": []}}'),
+    "tabs": (partial(Glue, name="sst2"), "train.tsv", "sentence\tlabel\nTEXT\t1"),
     "own": (Pairs, "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
 }
 
@@ -50,7 +53,8 @@ def broken(request, tmp_path):
     def make(text=b"A place .", cut=0):
         content = whole.encode().replace(b"TEXT", text)
         file.write_bytes(content[: len(content) - cut])
-        return kind(kind=kind.model_fields["kind"].annotation.__args__[0], data=str(tmp_path)), file
+        section = kind.func if isinstance(kind, partial) else kind
+        return kind(kind=section.model_fields["kind"].annotation.__args__[0], data=str(tmp_path)), file
 
     return make
 
@@ -77,13 +81,13 @@ def test_a_file_cut_short_is_named_by_its_line_or_read_whole(broken):
     if file.suffix in (".csv", ".txt"):  # a shorter text is a text
         assert read_examples(task, "train")[-1].completion == " A plac"
     else:
-        assert refused(task).startswith(f"{file}:2: not")
+        assert refused(task).startswith(f"{file}:2: {'1 columns, expected 2' if file.suffix == '.tsv' else 'not'}")
 
 
 def test_an_empty_file_is_named(broken):
     task, file = broken()
     file.write_bytes(b"")
-    assert str(file.parent if file.suffix == ".jsonl" or file.suffix == ".txt" else file) in refused(task)
+    assert str(file.parent if file.suffix in (".jsonl", ".txt", ".tsv") else file) in refused(task)
 
 
 def test_a_line_of_a_megabyte_is_read_at_once_and_named_by_its_tokens(broken):
@@ -91,11 +95,15 @@ def test_a_line_of_a_megabyte_is_read_at_once_and_named_by_its_tokens(broken):
     begin = time.monotonic()
     examples = read_examples(task, "train")
     assert time.monotonic() - begin < 5
-    sequences = [learnt_from((0,) * (len(example.prompt) + len(example.completion)), 1) for example in examples]
+    sequences = [learnt_from((0,) * _characters(example), 1) for example in examples]
     with pytest.raises(JobError) as caught:
         fit(Listed(sequences, [example.source for example in examples]), 1024, "refuse")
     assert str(caught.value).startswith(f"{file}:2: 1")
     assert "1 of" in str(caught.value)
+
+
+def _characters(example):
+    return sum(map(len, example.texts if isinstance(example, Labelled) else (example.prompt, example.completion)))
 
 
 @pytest.mark.parametrize(
