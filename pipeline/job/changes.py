@@ -22,7 +22,7 @@ _FREE = re.compile(
     r"|evaluate\..*|memory\..*"
     # Where base and data lie is free: what they hold is compared by digest.
     # Nor does a choice among the valid or test split touch what is trained.
-    r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|name)"
+    r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
 )
 _DELIBERATE = re.compile(
     r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout)"

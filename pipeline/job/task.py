@@ -23,7 +23,7 @@ class TaskSection(Section):
     """Learn from so many of the training examples only, as in the paper's low-data study. A smaller draw is part of a larger one."""
     train_examples_seed: Seed = 1
     """Of that draw."""
-    name: Text | None = None
+    title: Text | None = None
     """In a mix: what its scores are named after. Absent: its kind."""
     weight: PositiveFloat = 1.0
     """In a mix: how often each of its examples comes in an epoch. 0.5: a half of them in one epoch, the other half in the next."""
@@ -70,7 +70,7 @@ class Glue(TaskSection):
 
     kind: Literal["glue"]
     name: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
-    """Which of the tasks. In a mix, its scores are named after it."""
+    """Which of the tasks."""
     section: Literal["matched", "mismatched", "both"] = "matched"
     """Of MNLI's valid and test splits: the training split's genres, others, or both, as the paper scores RoBERTa and DeBERTa."""
     bad_rows: Literal["refuse", "drop"] = "refuse"

@@ -105,7 +105,9 @@ def field(row: Row, key: str, kind: type[Kind], where: str) -> Kind:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise JobError(f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.') from None
+            raise JobError(
+                f'{where}: "{key}" holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Mend the line.'
+            ) from None
     return value
 
 

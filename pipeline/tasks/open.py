@@ -58,8 +58,7 @@ def sources_of(task: Task) -> tuple[SingleTask, ...]:
 
 def content_keys(task: SingleTask) -> dict[str, object]:
     """What decides a split's examples beside the files themselves."""
-    keys = task.model_dump(exclude={"data", "valid", "test", "name", "weight", "too_long", "separator"})
-    return {**keys, "name": task.name} if isinstance(task, Glue) else keys
+    return task.model_dump(exclude={"data", "valid", "test", "title", "weight", "too_long", "separator"})
 
 
 def read_examples(task: SingleTask, split: Split) -> list[Example]:

@@ -12,8 +12,8 @@ from pipeline.job.spec import Job
 from pipeline.job.task import Task
 
 FREE = {
-    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories", "task.section", "task.name",
-    *(f"task.sources[0].{key}" for key in ("data", "valid", "test", "name")),
+    "base.model", "base.revision", "task.data", "task.valid", "task.test", "task.test_categories", "task.section", "task.title",
+    *(f"task.sources[0].{key}" for key in ("data", "valid", "test", "title")),
     "train.micro_batch_tokens", "train.packing", "train.epochs", "train.steps", "train.save_every_steps", "train.keep_states",
     "train.stop_signals", "train.stop_after_bad_steps", "train.timeout_s",
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
@@ -26,7 +26,7 @@ DELIBERATE = {
     "train.weight_decay", "train.adam_betas", "train.adam_eps", "train.clip_norm", "train.label_smoothing", "train.dropout",
 }  # fmt: skip
 NEVER = {
-    "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.separator",
+    "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.name", "task.separator",
     "task.too_long", "task.texts", "task.empty_texts", "train.batch_examples", "train.max_tokens", "train.seed",
     "task.train_examples", "task.train_examples_seed", "task.weight", "task.dev_fraction", "task.dev_seed", "task.bad_rows",
     "task.prompt", "task.completion", "task.messages", "task.text", "task.text_pair", "task.label", "task.labels", "task.document",
