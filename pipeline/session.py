@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.evaluate.score import EvaluationSet, Scores, score
+from pipeline.job.labels import labels_of
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
 from pipeline.job.task import Conversations, PlainText, SingleTask
@@ -151,8 +152,9 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
-    delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device)
-    root = Causal(base.model, base.family)
+    labels = labels_of(sources_of(job.task)[0])
+    delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout)
+    root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:
         checkpointed(base.model, base.family)

@@ -7,6 +7,7 @@ a run of rows at a time. The result appears under its name only when it is whole
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import Module, read_delta
+from pipeline.weights.delta import HEAD_TENSOR, Head, Module, read_delta, read_head
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import INDEX_NAME, Checkpoint, Entry, header_of, open_checkpoint, read_header
 from pipeline.weights.read import Reader, byte_view
@@ -67,6 +68,7 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
             f"{base}: its digest is {base_digest(digests)[:12]}..., the delta was trained on {manifest.base_digest[:12]}... "
             f"({manifest.base}). Name the base that the delta was trained on."
         )
+    head = read_head(delta)
     additions = {module.tensor: Addition(module, *pairs[module.name]) for module in manifest.modules}
     _refuse_misfit(checkpoint, additions, delta)
     errors: dict[str, float] = {}
@@ -74,8 +76,12 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
         results = {}
         tensors = iter(progress([entry for file in checkpoint.files for entry in read_header(file)]))
         for file in checkpoint.files:
-            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors)
+            # The last file takes a head in.
+            extra = {HEAD_TENSOR: head} if head is not None and file == checkpoint.files[-1] else {}
+            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors, extra)
         _copy_the_rest(base, partial)
+        if head is not None and manifest.head:
+            _announce(partial, checkpoint.files[-1].name, head, manifest.head)
         certificate = {
             "schema_version": SCHEMA_VERSION,
             "base": {"path": str(base.resolve()), "digest": manifest.base_digest, "files": digests},
@@ -88,30 +94,73 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
 
 
 def _merge_file(
-    source: Path, target: Path, tensors: Iterator[Entry], additions: dict[str, Addition], reader: Reader, errors: dict[str, float]
+    source: Path,
+    target: Path,
+    tensors: Iterator[Entry],
+    additions: dict[str, Addition],
+    reader: Reader,
+    errors: dict[str, float],
+    extra: dict[str, torch.Tensor],
 ) -> str:
-    """Rewrites one file; takes as many entries from `tensors` as it has. Returns the result's sha256."""
+    """Rewrites one file; takes as many entries from `tensors` as it has, then the extra ones. Returns the result's sha256."""
     sha = hashlib.sha256()
-    _, data_start = header_of(source)
-    count = len(read_header(source))
+    header, data_start = header_of(source)
+    entries = read_header(source)
     with source.open("rb") as old, target.open("wb") as new:
 
         def write(data: bytes | memoryview) -> None:
             sha.update(data)
             new.write(data)
 
-        _copy(old, data_start, write)
-        for _ in range(count):
+        if extra:
+            write(_with(header, extra, source.stat().st_size - data_start))
+        else:
+            _copy(old, data_start, write)
+        for _ in entries:
             entry = next(tensors)
             if addition := additions.get(entry.name):
                 errors[entry.name] = _merge_tensor(entry, addition, reader, write)
             else:
                 old.seek(entry.start)
                 _copy(old, entry.bytes, write)
-        next_byte = new.tell()
-        old.seek(next_byte)
-        _copy(old, source.stat().st_size - next_byte, write)
+        end = max((entry.start + entry.bytes for entry in entries), default=data_start)
+        old.seek(end)
+        _copy(old, source.stat().st_size - end, write)
+        for tensor in extra.values():
+            write(byte_view(tensor.contiguous()))
     return sha.hexdigest()
+
+
+def _with(header: dict[str, Any], extra: dict[str, torch.Tensor], data_bytes: int) -> bytes:
+    """A safetensors header with fp32 tensors more, whose data come behind the others'."""
+    header, place = dict(header), data_bytes
+    for name, tensor in extra.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + 4 * tensor.numel()]}
+        place += 4 * tensor.numel()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _announce(folder: Path, file: str, weight: torch.Tensor, head: Head) -> None:
+    """Makes config and index those of a model with this head."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = head.labels or ("LABEL_0",)
+    config["architectures"] = [head.architecture]
+    config["id2label"] = {str(place): name for place, name in enumerate(names)}
+    config["label2id"] = {name: place for place, name in enumerate(names)}
+    config["problem_type"] = "single_label_classification" if head.labels else "regression"
+    if config.get("pad_token_id") is None:
+        # transformers looks for the last token that is no padding.
+        end = config.get("eos_token_id")
+        config["pad_token_id"] = end[0] if isinstance(end, list) else end
+    write_json(folder / "config.json", config)
+    if (folder / INDEX_NAME).is_file():
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        index["weight_map"][HEAD_TENSOR] = file
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += 4 * weight.numel()
+        write_json(folder / INDEX_NAME, index)
 
 
 def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Callable[[memoryview], None]) -> float:

@@ -25,7 +25,7 @@ _FREE = re.compile(
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
 )
 _DELIBERATE = re.compile(
-    r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout)"
+    r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout|classifier_dropout)"
     r"|methods\[\d+\]\.dropout|base\.dtype"
 )
 

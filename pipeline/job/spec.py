@@ -75,8 +75,10 @@ class Train(Section):
     """Share of the target spread over the vocabulary."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """The base's own dropout. Off by default, as in the paper's code."""
+    classifier_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """On the input of a task's head. Keyed by example, as a method's is."""
     seed: Seed = 1
-    """Of the order of examples, the start of A, and dropout."""
+    """Of the order of examples, the start of A and of a head, and dropout."""
     save_every_steps: PositiveInt = 500
     """The state, from which a run goes on, and the delta are written this often and at the end."""
     keep_states: PositiveInt = 2

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Lora
 from pipeline.methods.dropout import DropoutClock
+from pipeline.methods.head import NAME, TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora
 from pipeline.model.families import Family
 
@@ -22,16 +23,19 @@ class Delta:
     """The trained tensors: fp32, whole on every rank, equal on every rank, outside ZeRO's hands."""
 
     adapted: tuple[AdaptedLinear, ...]
+    head: TaskHead | None
+    """Where the task has labels."""
     clock: DropoutClock
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> trained tensor, in model order."""
-        return {
+        pairs = {
             f"{branch.name}.{key}": tensor
             for adapted in self.adapted
             for branch in adapted.branches
             for key, tensor in (("a", branch.a), ("b", branch.b))
         }
+        return pairs | ({NAME: self.head.weight} if self.head else {})
 
     @property
     def parameters(self) -> int:
@@ -39,8 +43,19 @@ class Delta:
         return sum(tensor.numel() for tensor in self.tensors().values())
 
 
-def attach(model: nn.Module, family: Family, methods: tuple[Lora, ...], seed: int, device: torch.device) -> Delta:
+def attach(
+    model: PreTrainedModel,
+    family: Family,
+    methods: tuple[Lora, ...],
+    seed: int,
+    device: torch.device,
+    labels: tuple[str, ...] | None = (),
+    head_dropout: float = 0.0,
+) -> Delta:
     """Puts the job's methods onto the model.
+
+    Args:
+        labels: of the classes that a head tells apart; None: it puts out a number. Without any there is no head.
 
     Raises:
         JobError: a target that is not there, or two methods of one kind.
@@ -48,4 +63,5 @@ def attach(model: nn.Module, family: Family, methods: tuple[Lora, ...], seed: in
     if len(methods) > 1:
         raise JobError(f"methods: lora is listed {len(methods)} times. List it once, with all its targets.")
     clock = DropoutClock(seed)
-    return Delta(tuple(attach_lora(model, family, methods[0], clock, seed, device)), clock)
+    head = None if labels == () else draw_head(model.config, labels, seed, head_dropout, clock, device)
+    return Delta(tuple(attach_lora(model, family, methods[0], clock, seed, device)), head, clock)

@@ -10,8 +10,9 @@ import torch
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Lora
 from pipeline.methods.attach import Delta
+from pipeline.methods.head import NAME
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
-from pipeline.weights.delta import Manifest, Module, keys_of, read_delta, write_delta
+from pipeline.weights.delta import HEAD_KEY, HEAD_TENSOR, Head, Manifest, Module, keys_of, read_delta, read_head, write_delta
 from pipeline.weights.digest import base_digest
 from pipeline.weights.index import Entry
 
@@ -39,6 +40,8 @@ def store(
     for name, pair in pairs.items():
         a_key, b_key = keys_of(name)
         stored[a_key], stored[b_key] = pair.a.contiguous(), pair.b.contiguous()
+    if delta.head:
+        stored[HEAD_KEY] = values[NAME].contiguous()
     modules = tuple(
         Module(
             name=adapted.module,
@@ -57,6 +60,7 @@ def store(
         "step": step,
         "parameters": delta.parameters,
         "modules": modules,
+        "head": Head(delta.head.labels, delta.head.architecture) if delta.head else None,
     }
     write_delta(folder, stored, _peft_config(delta, pairs, method, base), manifest)
 
@@ -79,6 +83,12 @@ def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
             from_peft(adapted, *pairs[adapted.module])
         except ValueError as error:
             raise JobError(f"{folder}: {error}. Use the job.toml of the run it came from.") from None
+    head = read_head(folder)
+    if (head is None) != (delta.head is None) or (head is not None and delta.head and head.shape != delta.head.weight.shape):
+        raise JobError(f"{folder}: its head is not that of the job's task. Use the job.toml of the run it came from.")
+    if head is not None and delta.head:
+        with torch.no_grad():
+            delta.head.weight.copy_(head)
     return manifest
 
 
@@ -99,7 +109,8 @@ def _peft_config(delta: Delta, pairs: dict[str, PeftPair], method: Lora, base: s
     first = next(iter(pairs.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if delta.head else "CAUSAL_LM",
+        "modules_to_save": [HEAD_TENSOR.removesuffix(".weight")] if delta.head else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": first.rank,

@@ -5,7 +5,9 @@ Scoring runs the body over a micro-batch and the vocabulary projection only wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -30,11 +32,20 @@ class Decode:
     cache: Cache
 
 
+Readout: TypeAlias = Callable[[torch.Tensor, MicroBatch, float], tuple[torch.Tensor, ...]]
+"""From the hidden states [M, D] where there is a label: sums of the smoothed and the plain loss, and whatever else it puts out."""
+
+
 class Causal(nn.Module):
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+    """Args:
+    readout: a head that takes the place of the vocabulary projection in scoring a batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, readout: Readout | None = None) -> None:
         super().__init__()
         self.model = model
         self._body = family.body
+        self._readout = readout
 
     def forward(self, batch: MicroBatch | None = None, decode: Decode | None = None, smoothing: float = 0.0) -> tuple[torch.Tensor, ...]:
         """For a batch: sums of the smoothed and the plain loss over its labels. For a decode: the last position's logits [B, V]."""
@@ -48,6 +59,8 @@ class Causal(nn.Module):
                 use_cache=False,
             )
             hidden = output.last_hidden_state.flatten(0, 1)[batch.label_index]
+            if self._readout is not None:
+                return self._readout(hidden, batch, smoothing)
             return head_loss(self.model.lm_head, hidden, batch.labels, smoothing)
         if decode is None:
             raise TypeError("Causal needs a batch or a decode")

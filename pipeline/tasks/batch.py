@@ -33,9 +33,9 @@ class MicroBatch:
     positions: torch.Tensor
     """Same shape: position of each token in its own example."""
     label_index: torch.Tensor
-    """[M] index into the flattened tokens whose next token is a target."""
+    """[M] index into the flattened tokens whose next token is a target; of labelled texts, the last token of each."""
     labels: torch.Tensor
-    """[M] the target ids."""
+    """[M] the target ids; of labelled texts [E] the labels as fp32, NaN where they are withheld."""
     keys: torch.Tensor
     """[N] int32: what identifies a token wherever it is computed, for dropout: a mix of example id and position."""
     layout: Layout | None
@@ -44,6 +44,7 @@ class MicroBatch:
 
 def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, device: torch.device) -> MicroBatch:
     """One micro-batch. With no sequences: one token without a label, so that an idle rank can join the collectives."""
+    judged = bool(sequences) and not any(sequence.spans for sequence in sequences)
     if not sequences:
         sequences, example_ids = [Sequence((0,), ())], [0]
     lengths = torch.tensor([len(s) for s in sequences])
@@ -52,22 +53,30 @@ def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, dev
     real = within < lengths[:, None]
     padded = torch.zeros(count, longest, dtype=torch.long)
     padded[real] = torch.tensor([token for s in sequences for token in s.tokens])
-    # Token t predicts token t + 1: for a span of learnt tokens, the positions one before each carry a label.
-    labelled = torch.zeros(count, longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        for first, end in sequence.spans:
-            labelled[row, first - 1 : end - 1] = True
-    next_token = padded.roll(-1, dims=1)
+    labelled = within == lengths[:, None] - 1 if judged else _learnt(sequences, longest)
+    index = (labelled[real] if packed else labelled.flatten()).nonzero()[:, 0]
+    if judged:
+        labels = torch.tensor([float("nan") if s.label is None else s.label for s in sequences])
+    else:
+        labels = padded.roll(-1, dims=1)[labelled]
     keys = _keys(torch.tensor(example_ids)[:, None], within)
     if packed:
         layout = _layout(lengths.tolist(), device)
-        fields = [padded[real][None], within[real][None], labelled[real].nonzero()[:, 0], next_token[real][labelled[real]], keys[real]]
+        fields = [padded[real][None], within[real][None], index, labels, keys[real]]
     else:
         layout = None
-        flat = labelled.flatten()
-        fields = [padded, within, flat.nonzero()[:, 0], next_token.flatten()[flat], keys.flatten()]
-    tokens, positions, label_index, labels, keys = (field.to(device) for field in fields)
-    return MicroBatch(tokens, positions, label_index, labels, keys, layout)
+        fields = [padded, within, index, labels, keys.flatten()]
+    tokens, positions, index, labels, keys = (field.to(device) for field in fields)
+    return MicroBatch(tokens, positions, index, labels, keys, layout)
+
+
+def _learnt(sequences: list[Sequence], longest: int) -> torch.Tensor:
+    """Token t predicts token t + 1: for a span of learnt tokens, the positions one before each carry a label."""
+    labelled = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        for first, end in sequence.spans:
+            labelled[row, first - 1 : end - 1] = True
+    return labelled
 
 
 def _layout(lengths: list[int], device: torch.device) -> Layout:

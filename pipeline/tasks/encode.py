@@ -85,7 +85,8 @@ class Encoder:
     def _labelled(self, examples: list[Labelled]) -> Iterator[tuple[Sequence, str]]:
         joined = self._tokens.ids([self._separator.join(example.texts) for example in examples])
         for example, ids in zip(examples, joined, strict=True):
-            yield Sequence((*self._tokens.lead, *ids, self._tokens.end_id), (), example.label), example.source
+            # Without an end token: transformers takes the last token that is no padding, and pads with the end token.
+            yield Sequence((*self._tokens.lead, *ids) or (self._tokens.end_id,), (), example.label), example.source
 
     def _blocks(self, documents: Iterator[Document]) -> Iterator[tuple[Sequence, str]]:
         """Documents end to end, an end token after each, in blocks of equal length; the last may be shorter."""

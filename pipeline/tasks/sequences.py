@@ -179,13 +179,13 @@ def truncate(sequence: Sequence, max_tokens: int) -> Sequence:
     """A prompt loses its left, so that its end and the whole completion stay; then the completion loses its end.
 
     At least one prompt token stays: the first target token is predicted from it. A conversation loses its beginning, so that its
-    last answer stays; a text with a label loses its end, but for the end token.
+    last answer stays; a text with a label loses its end.
     """
     over = len(sequence) - max_tokens
     if over <= 0:
         return sequence
     if sequence.label is not None or not sequence.spans:
-        return Sequence((*sequence.tokens[: max_tokens - 1], sequence.tokens[-1]), sequence.spans, sequence.label)
+        return Sequence(sequence.tokens[:max_tokens], sequence.spans, sequence.label)
     cut = min(over, sequence.spans[-1][0] - 1)
     moved = [(max(1, start - cut), min(end - cut, max_tokens)) for start, end in sequence.spans]
     return Sequence(sequence.tokens[cut:][:max_tokens], tuple((start, end) for start, end in moved if start < end))

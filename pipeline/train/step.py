@@ -85,7 +85,7 @@ class Stepper:
         for number, batch in enumerate(micro_batches, 1):
             self._ranks.watch.at(f"micro-batch {number} of {len(micro_batches)}")
             self._delta.clock.keys = batch.keys
-            loss, _ = self._root(batch=batch, smoothing=self._train.label_smoothing)
+            loss, *_ = self._root(batch=batch, smoothing=self._train.label_smoothing)
             (loss * (scale / target_tokens)).backward()
             self._engine.after_backward()
             losses.append(loss.detach())

@@ -39,6 +39,16 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What a delta puts in place of the vocabulary projection."""
+
+    labels: tuple[str, ...] | None
+    """Names of the classes; None: the output is a number."""
+    architecture: str
+    """transformers' name of the model with such a head."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     base: str
     """What the job named."""
@@ -51,7 +61,14 @@ class Manifest:
     modules: tuple[Module, ...]
     sha256: str
     """Of the tensor file."""
+    head: Head | None = None
     schema_version: int = SCHEMA_VERSION
+
+
+HEAD_TENSOR = "score.weight"
+"""In a model of transformers; [classes, width]."""
+HEAD_KEY = f"base_model.model.{HEAD_TENSOR}"
+"""PEFT's name of it."""
 
 
 def keys_of(module: str) -> tuple[str, str]:
@@ -82,6 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it."
             )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
+        if head := fields.get("head"):
+            fields["head"] = Head(head["labels"] and tuple(head["labels"]), head["architecture"])
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):
         raise JobError(f"{folder}: no {MANIFEST} here, so this is not a delta. Name the delta/ folder of a run.") from None
@@ -95,18 +114,36 @@ def read_delta(folder: Path) -> tuple[Manifest, dict[str, tuple[torch.Tensor, to
     Raises:
         JobError: damaged or incomplete files.
     """
-    manifest = read_manifest(folder)
-    file = folder / TENSORS
-    try:
-        tensors = load_tensors(file)
-    except ValueError as error:
-        raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
-    if sha256_of(file) != manifest.sha256:
-        raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")
-    pairs = {}
+    manifest, file = read_manifest(folder), folder / TENSORS
+    tensors, pairs = _tensors(file, manifest), {}
     for module in manifest.modules:
         a_key, b_key = keys_of(module.name)
         if a_key not in tensors or b_key not in tensors:
             raise JobError(f'{file}: no pair for module "{module.name}". The delta is damaged; save it again.')
         pairs[module.name] = (tensors[a_key], tensors[b_key])
     return manifest, pairs
+
+
+def read_head(folder: Path) -> torch.Tensor | None:
+    """The head's weight [C, D], where the delta has one.
+
+    Raises:
+        JobError: damaged or incomplete files.
+    """
+    manifest, file = read_manifest(folder), folder / TENSORS
+    if manifest.head is None:
+        return None
+    weight = _tensors(file, manifest).get(HEAD_KEY)
+    if weight is None:
+        raise JobError(f"{file}: no {HEAD_KEY}, though {MANIFEST} names a head. The delta is damaged; save it again.")
+    return weight
+
+
+def _tensors(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_tensors(file)
+    except ValueError as error:
+        raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
+    if sha256_of(file) != manifest.sha256:
+        raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")
+    return tensors

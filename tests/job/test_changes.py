@@ -24,6 +24,7 @@ FREE = {
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
     "train.weight_decay", "train.adam_betas", "train.adam_eps", "train.clip_norm", "train.label_smoothing", "train.dropout",
+    "train.classifier_dropout",
 }  # fmt: skip
 NEVER = {
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].init", "task.kind", "task.name", "task.separator",

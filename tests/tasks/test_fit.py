@@ -71,9 +71,9 @@ def test_a_conversation_loses_its_beginning_and_keeps_its_last_answer():
 
 
 @pytest.mark.parametrize("label", [1.0, None])
-def test_a_text_with_a_label_loses_its_end_but_for_the_last_token(label):
+def test_a_text_with_a_label_loses_its_end(label):
     texts = Listed([Sequence(tuple(range(8)), (), label)], ["texts.csv:2"])
-    assert all_of(fit(texts, 5, "truncate")[0]) == [Sequence((0, 1, 2, 3, 7), (), label)]
+    assert all_of(fit(texts, 5, "truncate")[0]) == [Sequence((0, 1, 2, 3, 4), (), label)]
 
 
 def test_dropping_removes_an_example_and_its_source():
