@@ -55,9 +55,19 @@ class TaskHead:
         return loss, plain, outputs.detach()
 
 
-def draw_head(width: int, labels: tuple[str, ...] | None, seed: int, dropout: float, clock: DropoutClock, device: torch.device) -> TaskHead:
-    """A new head, the same on every rank."""
+def draw_head(
+    config: PretrainedConfig, labels: tuple[str, ...] | None, seed: int, dropout: float, clock: DropoutClock, device: torch.device
+) -> TaskHead:
+    """A new head, the same on every rank.
+
+    Raises:
+        JobError: transformers has no such model for this architecture.
+    """
+    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+    if architecture is None:
+        raise JobError(f'task.kind: a base of architecture "{config.model_type}" has no head for labels. Use another base.')
     digest = hashlib.sha256(f"{seed}:{NAME}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    weight = torch.empty(1 if labels is None else len(labels), config.hidden_size).normal_(0.0, _STANDARD_DEVIATION, generator=generator)
+    outputs = 1 if labels is None else len(labels)
+    weight = torch.empty(outputs, config.hidden_size).normal_(0.0, _STANDARD_DEVIATION, generator=generator)
     return TaskHead(weight.to(device).requires_grad_(), labels, architecture, dropout, clock)
