@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from pipeline.job.errors import JobError
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.tasks.batch import MicroBatch
 from pipeline.weights.delta import HEAD_TENSOR

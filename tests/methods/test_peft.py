@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-from pipeline.tasks.order import stream_examples
+from pipeline.tasks.order import Stream
 from tests.training import trained, write_job
 
 TARGETS = {
@@ -83,7 +83,7 @@ def test_a_plain_peft_loop_trains_the_same(base, request, ranks2, tmp_path):
     losses = []
     for step in range(6):
         total, count = torch.zeros(()), 0
-        for index in stream_examples(6 * step, 6, len(rows), 1):
+        for index in Stream((len(rows),), 1).examples(6 * step, 6):
             prompt = tokenizer(rows[index]["prompt"] + " ->")["input_ids"]
             target = tokenizer(rows[index]["completion"])["input_ids"] + [tokenizer.eos_token_id]
             logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from pipeline.job.errors import Diverged
-from pipeline.tasks.order import stream_examples
+from pipeline.tasks.order import Stream
 from tests.training import read_run, train_here
 
 
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_several_times_in_a_row_ends_the_run_and_names
         "train.stop_after_bad_steps=2",
         "train.keep_states=20",
     )
-    examples = stream_examples(12, 8, 24, 1)  # of the fourth and the fifth step
+    examples = Stream((24,), 1).examples(12, 8)  # of the fourth and the fifth step
     poisoned = [examples[0], examples[5]]
     said, other = ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, poisoned)
     assert said == other
@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_several_times_in_a_row_ends_the_run_and_names
 
 def test_steps_since_the_last_save_are_not_lost_to_bad_ones(job, ranks2, tmp_path):
     settings = ("train.steps=12", "train.batch_examples=4", "train.save_every_steps=5", "train.stop_after_bad_steps=2")
-    said = ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, stream_examples(12, 8, 24, 1))[0]
+    said = ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, Stream((24,), 1).examples(12, 8))[0]
     assert "step 5: the loss is nan" in said
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
     assert json.loads((tmp_path / "run" / "delta" / "manifest.json").read_text())["step"] == 3
@@ -74,7 +74,7 @@ def test_steps_since_the_last_save_are_not_lost_to_bad_ones(job, ranks2, tmp_pat
 
 def test_a_bad_last_step_is_a_result_too(job, ranks2, tmp_path):
     settings = ("train.steps=4", "train.batch_examples=4")
-    ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, stream_examples(12, 4, 24, 1))
+    ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, Stream((24,), 1).examples(12, 4))
     assert '"loss": null' in (tmp_path / "run" / "result.json").read_text()
     (tmp_path / "run" / "result.json").unlink()
     shown = ranks2.run(train_here, str(job), str(tmp_path / "run"), settings)[0]
@@ -83,7 +83,7 @@ def test_a_bad_last_step_is_a_result_too(job, ranks2, tmp_path):
 
 def test_single_bad_steps_are_skipped_and_counted(job, ranks2, tmp_path):
     settings = ("train.steps=6", "train.batch_examples=4", "train.save_every_steps=1")
-    ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, stream_examples(8, 1, 24, 1))
+    ranks2.run(train_with_poison, str(job), str(tmp_path / "run"), settings, Stream((24,), 1).examples(8, 1))
     steps = read_run(tmp_path / "run").steps
     assert [row["skipped_steps"] for row in steps] == [0, 0, 1, 1, 1, 1]
     assert [row["loss"] is None for row in steps] == [False, False, True, False, False, False]
