@@ -88,7 +88,15 @@ class Session:
 
     def score(self, data: EvaluationSet) -> Scores:
         return score(
-            self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar(f"scoring {data.split}")
+            self.root,
+            self.engine,
+            data,
+            self.job.task.kind,
+            self.tokens,
+            self.job.evaluate,
+            self.job.train,
+            self.ranks,
+            self._bar(f"scoring {data.split}"),
         )
 
     def _bar(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:

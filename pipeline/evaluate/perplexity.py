@@ -1,4 +1,4 @@
-"""Perplexity of a split: exp of the mean negative log-likelihood of its target tokens, over all ranks."""
+"""Loss and perplexity of a split: the mean negative log-likelihood of its target tokens over all ranks, and exp of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.train.engine import Ranks, StopAgreed
 
 
 @torch.no_grad()
-def perplexity(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batch_tokens: int, packed: bool) -> float:
-    """Of the target tokens only, as in training; without label smoothing.
+def loss_of(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batch_tokens: int, packed: bool) -> float:
+    """Per target token, as in training; without label smoothing.
 
     Raises:
         StopAgreed: a rank was asked to stop.
@@ -30,5 +30,8 @@ def perplexity(root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batc
         batch = collate([sequences[i] for i in chosen], chosen, packed, ranks.device)
         total += root(batch=batch)[1].double()
     dist.all_reduce(total)
-    mean = total.item() / sum(s.target_tokens for s in sequences)
-    return math.exp(min(700.0, mean)) if math.isfinite(mean) else math.nan
+    return total.item() / sum(s.target_tokens for s in sequences)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(700.0, loss)) if math.isfinite(loss) else math.nan

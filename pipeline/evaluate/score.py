@@ -1,18 +1,17 @@
-"""A split -> its scores and predictions: perplexity, and BLEU of greedy generations against all references."""
+"""A split -> its scores and predictions: the task's own metrics of generated texts, and loss and perplexity of the references."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-import sacrebleu
-
+from pipeline.evaluate.alone import on_first_rank
 from pipeline.evaluate.gather import Gathering, choose
 from pipeline.evaluate.generate import generate
-from pipeline.evaluate.perplexity import perplexity
+from pipeline.evaluate.metrics.choose import metrics_of
+from pipeline.evaluate.perplexity import loss_of, perplexity
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
 from pipeline.tasks.example import Prompt, Sequence
@@ -43,9 +42,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scores:
+    kind: str
+    """Of the task."""
     split: str
     metrics: dict[str, float]
-    """perplexity; bleu from 0 to 100."""
+    """The task's, as its official script names and scales them; loss per target token; perplexity."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
     predictions: list[Prediction]
     too_long: int
     gathering: Gathering
@@ -55,6 +58,7 @@ def score(
     root: Causal,
     engine: Engine,
     data: EvaluationSet,
+    kind: str,
     tokens: Tokens,
     evaluate: Evaluate,
     train: Train,
@@ -64,6 +68,7 @@ def score(
     """Scores on all ranks together; every rank gets the result.
 
     Args:
+        kind: of the task.
         progress: wraps the iteration over batches of prompts, for a progress bar.
     """
     root.eval()
@@ -73,20 +78,16 @@ def score(
     gathering = choose(root, evaluate, ranks)
     with gathering.held(root):
         ids = generate(root, data.prompt_tokens, ranks, evaluate, ends, context, gathering.each_pass, progress)
-        fit = perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing)
+        loss = loss_of(root, data.sequences, ranks, train.micro_batch_tokens, train.packing)
     texts = [tokens.text(new, ends) for new in ids]
-    metrics = {"perplexity": fit, "bleu": bleu(texts, [prompt.references for prompt in data.prompts])}
     engine.release()
     root.train()
     predictions = [Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)]
-    return Scores(data.split, metrics, predictions, data.too_long, gathering)
-
-
-def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:
-    """Corpus BLEU by sacrebleu's defaults; each prediction may have its own number of references."""
-    most = max(map(len, references))
-    streams = [[refs[n].strip() if n < len(refs) else None for refs in references] for n in range(most)]
-    return float(sacrebleu.corpus_bleu(predictions, streams).score)
+    # As `zlora score` reads the file of predictions.
+    groups = [list(prediction.references) for prediction in predictions]
+    metrics, notes = on_first_rank(ranks, "metrics", lambda: metrics_of(kind, texts, groups, evaluate.script))
+    metrics |= {"loss": loss, "perplexity": perplexity(loss)}
+    return Scores(kind, data.split, metrics, tuple(notes), predictions, data.too_long, gathering)
 
 
 def write_predictions(file: Path, predictions: list[Prediction]) -> None:

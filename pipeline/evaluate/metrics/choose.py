@@ -9,19 +9,16 @@ import re
 from typing import Literal
 
 from pipeline.job.errors import JobError
-
-KINDS = ("e2e", "webnlg", "dart", "samsum", "wikisql", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
-_SCRIPTS = {"e2e": ("mteval", "pymteval"), "webnlg": ("generation_eval", "challenge"), "dart": ("generation_eval", "challenge")}
+from pipeline.job.metrics import METRICS, unknown_script
 
 
 def refuse_unknown(kind: str, script: str | None) -> None:
     """Raises:
     JobError: there is no such task, or it has no such script. Before any file is read."""
-    if kind not in KINDS:
-        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(KINDS)}.')
-    known = _SCRIPTS.get(kind, ())
-    if script is not None and script not in known:
-        raise JobError(f'--script "{script}": {kind} has {" or ".join(known) or "one script only"}. Correct or leave it out.')
+    if kind not in METRICS:
+        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(METRICS)}.')
+    if problem := unknown_script(kind, script):
+        raise JobError(f"--script {problem}")
 
 
 def metrics_of(
@@ -30,8 +27,8 @@ def metrics_of(
     """Scores predictions; the second answer are notes for the person.
 
     Args:
-        kind: one of KINDS.
-        references: at least one, not empty, for each prediction. WikiSQL and GLUE have exactly one.
+        kind: one of METRICS, which has the names of the answer too.
+        references: at least one, not empty, for each prediction. GLUE has exactly one.
         script: whose way to count. E2E: `mteval` (default) or `pymteval`, the official script's Perl and its Python mode. WebNLG and
             DART: `generation_eval` (default), as the LoRA paper did, or `challenge`, as the challenge of 2017 did. Others have one.
 
@@ -52,7 +49,11 @@ def metrics_of(
 
             return rouge(predictions, references), []
         case "wikisql", None:
-            return _wikisql(predictions, _only(references)), []
+            return _wikisql(predictions, references), []
+        case "jsonl", None:
+            from pipeline.evaluate.metrics.own import bleu, exact_match
+
+            return {"BLEU": bleu(predictions, references), "exact_match": exact_match(predictions, references)}, []
         case "stsb", None:
             return _stsb(predictions, _only(references)), []
         case (("cola" | "sst2" | "mrpc" | "qqp" | "mnli" | "qnli" | "rte"), None):
@@ -124,11 +125,13 @@ def padded(references: list[list[str]]) -> list[list[str]]:
     return [group + [""] * (most - len(group)) for group in references]
 
 
-def _wikisql(predictions: list[str], references: list[str]) -> dict[str, float]:
+def _wikisql(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """A question with several references was asked so often in the official file, and counts so often."""
     from pipeline.evaluate.metrics.wikisql import logical_form
 
+    pairs = [(text, other) for text, group in zip(predictions, references, strict=True) for other in group]
     try:
-        return {"lf_accuracy": logical_form(predictions, references)}
+        return {"lf_accuracy": logical_form([text for text, _ in pairs], [other for _, other in pairs])}
     except ValueError as error:
         raise JobError(f"references: number {error.args[0] + 1} is neither WikiSQL's JSON nor its SQL. Mend it.") from None
 
