@@ -129,4 +129,8 @@ def rows(run: Path) -> list[dict]:
 
 
 def delta_bytes(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "delta").iterdir()}
+    return folder_bytes(run / "delta")
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
