@@ -19,7 +19,14 @@ from tests.lives import Life
 from tests.training import LORA_DROPOUT, WORDS, folder_bytes, rows, train_here, train_until, trained, write_job
 from tests.whole.test_kill import steps_done, wait_until
 
-COURSE = ("train.steps=30", 'train.schedule="constant"', "train.learning_rate=0.1", LORA_DROPOUT, "train.save_every_steps=5", "train.keep_states=9")
+COURSE = (
+    "train.steps=30",
+    'train.schedule="constant"',
+    "train.learning_rate=0.1",
+    LORA_DROPOUT,
+    "train.save_every_steps=5",
+    "train.keep_states=9",
+)
 """Too fast on few examples: the perplexity of others falls, wavers, and rises again."""
 BEST = 'evaluate.best_metric="perplexity"'
 PATIENT = (*COURSE, BEST, "evaluate.patience=3")
@@ -146,7 +153,8 @@ def killed(ranks, job, run, overrides, step, moment):
 
 
 @pytest.mark.parametrize(
-    ("where", "moment"), [("at the best", "before best"), ("at the best", "after best"), ("at a state", "before best"), ("at the last", "after best")]
+    ("where", "moment"),
+    [("at the best", "before best"), ("at the best", "after best"), ("at a state", "before best"), ("at the last", "after best")],
 )
 def test_killed_after_the_scores_were_written_down(where, moment, ended, job, ranks2, tmp_path):
     run, told = tmp_path / "run", result(ended[0])
