@@ -59,6 +59,7 @@ def test_a_task_is_scored_by_its_own_metrics(gpt2_base, ranks2, tmp_path):
     assert {name: again["metrics"][name] for name in report["metrics"]} == pytest.approx(report["metrics"], rel=1e-9)
     done = zlora("evaluate", run, "--split", "valid", cwd=tmp_path)
     step = told["best"]["step"]
+    assert zlora("merge", gpt2_base, run / "best", "--out", "merged", cwd=tmp_path).returncode == 0
     assert f"valid by the best delta of {run}, after {step} steps" in done.stdout
     assert f"{told['best']['value']:.4f}" in done.stdout
     assert (run / "predictions" / "valid-best.jsonl").read_bytes() == (run / "predictions" / f"valid-{step:06d}.jsonl").read_bytes()
