@@ -103,17 +103,23 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     split: Annotated[Literal["train", "valid", "test"], typer.Option(help="What to score.")] = "test",
+    delta: Annotated[
+        Literal["best", "last"] | None, typer.Option("--delta", help="best where the job has evaluate.best_metric, else last, when absent.")
+    ] = None,
     ranks: RankCount = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's delta: perplexity, and BLEU of generated texts; write the predictions.
+    """Score a run's delta by its task's own metrics, loss and perplexity; write the predictions.
 
     Example: zlora evaluate runs/local --set evaluate.max_prompts=100
     """
     from pipeline.cluster.launch import inside_ranks, launch
 
     asked = _job_of(run, overrides)
+    which = delta or ("best" if asked.evaluate.best_metric else "last")
+    if which == "best" and not (run / "best").is_dir():
+        raise JobError(f"{run}: has no best delta: none was asked for by evaluate.best_metric, or none scored yet. Use --delta last.")
     if not inside_ranks():
         sys.exit(launch(sys.argv[1:], ranks))
     from pipeline.rank import as_rank
@@ -121,7 +127,7 @@ def evaluate(
     def body(joined: Ranks, screen: Screen) -> dict[str, Any]:
         from pipeline.run import evaluate as evaluate_here
 
-        return evaluate_here(asked, run, split, joined, screen)
+        return evaluate_here(asked, run, split, which, joined, screen)
 
     as_rank(run, body, as_json)
 
@@ -129,7 +135,7 @@ def evaluate(
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base that the delta was trained on.")],
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's delta folder.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's folder delta/ or best/.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged checkpoint goes; absent or empty.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: AsJson = False,
@@ -160,7 +166,7 @@ def merge(
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, or a GLUE task: cola, ...")],
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, jsonl; or of GLUE: cola, ...")],
     predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's .jsonl.")],
     references: Annotated[
         Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
@@ -176,6 +182,7 @@ def score(
     """
     from pipeline.evaluate.metrics.choose import metrics_of, refuse_unknown
     from pipeline.evaluate.metrics.read import read_scored
+    from pipeline.job.metrics import shown
     from pipeline.screen import Screen
 
     refuse_unknown(task, script)
@@ -186,7 +193,7 @@ def score(
         print(json.dumps(report))
         return
     screen = Screen(sys.stdout)
-    screen.table(f"{task}: {len(found)} predictions", [(name, f"{value:.4f}") for name, value in metrics.items()])
+    screen.table(f"{task}: {len(found)} predictions", [(name, shown(task, name, value)) for name, value in metrics.items()])
     for note in notes:
         print(note, file=sys.stderr)
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.cluster.launch import started_here
 from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
+from pipeline.job.metrics import shown
 from pipeline.job.spec import Job
 from pipeline.model.zero3 import shard_bytes
 from pipeline.screen import Screen
@@ -52,19 +53,26 @@ def show_start(
     screen.table(str(run), [*rows, *notes])
 
 
-def show_scores(screen: Screen, title: str, scores: Scores) -> None:
-    """Metrics, and the first few texts beside a reference."""
-    rows = [(name, f"{value:.2f}") for name, value in scores.metrics.items()]
-    rows.append(("generated with", _gathering_text(scores.gathering)))
-    if scores.too_long:
-        rows.append(("too long", f"{scores.too_long:,} examples did not fit the context and were cut or left out"))
-    for prediction in scores.predictions[:_SHOWN]:
-        rows += [
-            ("prompt", prediction.prompt),
-            ("generated", prediction.prediction or "(nothing)"),
-            ("reference", prediction.references[0]),
-        ]
-    screen.table(title, rows)
+def show_scores(screen: Screen, title: str, scores: Scores, told: set[str]) -> None:
+    """Metrics, and the first few texts beside a reference.
+
+    Args:
+        told: the notes that a person has seen already; takes those that are new.
+    """
+    for part in scores.parts:
+        rows = [(name, shown(part.kind, name, value)) for name, value in part.metrics.items()]
+        if part.predictions:
+            rows.append(("scored with", _gathering_text(scores.gathering)))
+        if part.too_long:
+            rows.append(("too long", f"{part.too_long:,} examples did not fit the context and were cut or left out"))
+        for prediction in part.predictions[:_SHOWN]:
+            rows += [("prompt", prediction.prompt), ("predicted", prediction.prediction or "(nothing)")]
+            rows += [("reference", reference) for reference in prediction.references[:1]]
+        screen.table(": ".join(filter(None, (part.title, title))), rows)
+        for note in part.notes:
+            if note not in told:
+                screen.print(note)
+        told.update(part.notes)
 
 
 def stopped_text(step: int, steps: int, cause: str | None) -> str:
@@ -89,6 +97,8 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
         again: the run was finished before.
     """
     revision = ["--revision", job.base.revision] if job.base.revision else []
+    best, early = result.get("best"), result.get("stopped_early", False)
+    chosen = run / ("best" if best else "delta")
     rows = [
         ("time", f"{result['seconds'] or 0:.0f} s for {result['steps']:,} steps"),
         ("loss", "not finite at the last step" if result["loss"] is None else f"{result['loss']:.4f} at the last step"),
@@ -96,21 +106,29 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
         ("delta", str(run / "delta")),
         ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(run / "tensorboard")])),
         ("score it", shlex.join(["zlora", "evaluate", str(run)])),
-        ("merge it", shlex.join(["zlora", "merge", job.base.model, str(run / "delta"), *revision, "--out", "MERGED"])),
+        ("merge it", shlex.join(["zlora", "merge", job.base.model, str(chosen), *revision, "--out", "MERGED"])),
     ]
     if result["skipped_steps"]:
         rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (gradients out of range)"))
-    if again:
-        rows.append(
-            ("nothing to do", "this run is finished: set train.epochs or train.steps higher to go on, or use --fresh to begin again")
+    if best:
+        value = shown(job.task.kind, best["metric"], best["value"])
+        rows.insert(
+            rows.index(("delta", str(run / "delta"))) + 1, ("best delta", f"{chosen}: {best['metric']} {value} after step {best['step']:,}")
         )
+    if early:
+        patience = f"{job.evaluate.patience} scorings in a row no better by {job.evaluate.best_metric}"
+        rows.insert(0, ("ended early", f"after step {result['steps']:,}: {patience}"))
+    if again:
+        more = "evaluate.patience" if early else "train.epochs or train.steps"
+        rows.append(("nothing to do", f"this run is finished: set {more} higher to go on, or use --fresh to begin again"))
     screen.table("done", rows)
 
 
 def markdown(scores: Scores) -> str:
     """Samples for TensorBoard."""
+    shown = [prediction for part in scores.parts for prediction in part.predictions[:_RECORDED]]
     return "\n\n---\n\n".join(
-        f"**prompt** {p.prompt}\n\n**generated** {p.prediction}\n\n**reference** {p.references[0]}" for p in scores.predictions[:_RECORDED]
+        f"**prompt** {p.prompt}\n\n**predicted** {p.prediction}\n\n**reference** {''.join(p.references[:1]) or '(withheld)'}" for p in shown
     )
 
 

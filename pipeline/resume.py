@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.launch import batch_job, restarted
-from pipeline.job.changes import changes, refuse_changes
+from pipeline.job.changes import changes, measured_otherwise, refuse_changes
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, read_resolved, resolved
 from pipeline.job.spec import Job
@@ -21,7 +21,7 @@ from pipeline.train.board import read_rows
 from pipeline.train.engine import Ranks
 from pipeline.train.environment import started_by
 from pipeline.weights.delta import read_delta
-from pipeline.weights.state import DataFile, Progress, Record, newest_state
+from pipeline.weights.state import Best, DataFile, Progress, Record, newest_state
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Start:
     """There is a run in the folder, perhaps without a state yet."""
     record: Record | None = None
     """Of the state that it goes on from."""
-    scored: bool = False
-    """The scores due at this step are written down already."""
+    scores: dict[str, float | None] | None = None
+    """Those due at this step, where they are written down already."""
+    best: Best | None = None
+    """Of the record, where its scores are those that the job asks for."""
     delta_written: bool = False
     """The delta of this step is in its place, and whole."""
     notes: tuple[tuple[str, str], ...] = ()
@@ -93,13 +95,13 @@ def _decide(job: Job, run: Path, ranks: Ranks, screen: Screen, accept_changes: b
     changed = changes(before, job) if before else []
     refuse_changes(changed, str(run), accept_changes)
     step = record.progress.step if record else 0
-    scored = any(row.get("split") == job.evaluate.split and row["step"] == step for row in read_rows(run / "metrics.jsonl"))
+    scores = None if measured_otherwise(changed) else _scores(run, job.evaluate.split, step)
     if state is None or record is None:
         note = ("goes on", "from the beginning: it ended before its first state")
-        return Start(goes_on=True, scored=scored, notes=(note,)), None
-    delta_written = _delta_step(run) == step
+        return Start(goes_on=True, scores=scores, notes=(note,)), None
+    delta_written = _delta_step(run / "delta") == step
     result = _result(run, job)
-    if result and result["steps"] == step and delta_written:
+    if result and result["steps"] == step and delta_written and _best_is_whole(run, result):
         return Start(True, record, finished=result), None
     texts = [str(change) for change in changed]
     if record.ranks != ranks.count:
@@ -108,8 +110,17 @@ def _decide(job: Job, run: Path, ranks: Ranks, screen: Screen, accept_changes: b
             texts.append("with the base's own dropout on, other ranks draw other masks, so the run goes on otherwise than it would have")
     if {"train.epochs", "train.steps"} & {change.key for change in changed} and job.train.schedule != "constant":
         texts.append("the learning rate follows the schedule of the new length from here on")
+    best = record.best
+    if best and (measured_otherwise(changed) or best.metric != job.evaluate.best_metric):
+        texts.append("the best delta so far is given up" + (" and chosen anew" if job.evaluate.best_metric else ""))
+        best = None
     notes = [("goes on", f"after step {step:,}")] + ([("changed", "; ".join(texts))] if texts else [])
-    return Start(True, record, scored, delta_written, tuple(notes)), state.tensors
+    return Start(True, record, scores, best, delta_written, tuple(notes)), state.tensors
+
+
+def _scores(run: Path, split: str, step: int) -> dict[str, float | None] | None:
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row.get("split") == split and row["step"] == step]
+    return {key: value for key, value in rows[-1].items() if key not in ("step", "split")} if rows else None
 
 
 def _result(run: Path, job: Job) -> dict[str, Any] | None:
@@ -120,10 +131,15 @@ def _result(run: Path, job: Job) -> dict[str, Any] | None:
         return None
 
 
-def _delta_step(run: Path) -> int | None:
+def _best_is_whole(run: Path, result: dict[str, Any]) -> bool:
+    best = result.get("best")
+    return best is None or _delta_step(run / "best") == best["step"]
+
+
+def _delta_step(folder: Path) -> int | None:
     """None where there is no delta, or a damaged one: the state has what it takes to write it again."""
     try:
-        return read_delta(run / "delta")[0].step
+        return read_delta(folder)[0].step
     except JobError:
         return None
 

@@ -6,12 +6,13 @@ job -> base (weights, model) -> delta (methods) -> sequences (tasks) -> steps (t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
+from pipeline.evaluate.best import BestDelta, refuse_unscorable, weights_in
 from pipeline.evaluate.score import write_predictions
-from pipeline.job.errors import Diverged, Stopped
+from pipeline.job.errors import Diverged, JobError, Stopped
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
 from pipeline.methods.files import restore
@@ -19,12 +20,14 @@ from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
 from pipeline.screen import Screen
 from pipeline.session import open_session
-from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, take_steps
 from pipeline.train.step import Stepper
 from pipeline.weights.digest import base_digest
 from pipeline.writer import Writer
+
+DELTAS = {"best": "best", "last": "delta"}
+"""Which of a run's deltas -> its folder."""
 
 
 def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False, accept_changes: bool = False) -> None:
@@ -42,37 +45,41 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     if start.finished:
         show_end(screen, run, job, start.finished, again=True)
         return
+    refuse_unscorable(job, ranks.first)
     session = open_session(job, ranks, screen)
     data = session.training_set()
     start.refuse_changed(job.base.model, session.base_config, data.files)
     course = Course(data.sequences, data.stream, job.train, start.progress)
     course.refuse_impossible()
-    held_out = session.evaluation(job.evaluate.split) if has_split(sources_of(job.task)[0], job.evaluate.split) else None
+    held_out = session.evaluation(job.evaluate.split)
     stepper = Stepper(session.engine, session.root, session.delta, job.train, ranks, fp16=job.base.dtype == "fp16")
+    best = BestDelta(job.evaluate, start.best, weights_in(tensors))
     if start.record:
         stepper.restore(tensors, start.progress)
         del tensors
     show_start(screen, run, job, session, course, data, start.notes)
-    if held_out is None:
+    if not held_out:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
-    progress = good = start.progress
+    progress, told = start.progress, set[str]()
+    good = progress
     # From here on somebody looks for requests to stop, and there may be something half-written.
     ranks.stop.can_wait = True
-    with Writer(session, run, course, data.files, stepper, start) as writer, screen.training(course.steps, progress.step) as bar:
+    with Writer(session, run, course, data.files, stepper, start, best) as writer, screen.training(course.steps, progress.step) as bar:
 
         def score_if_due(step: int) -> None:
-            if held_out is None or not _scores_due(job, step, course.steps):
+            if not held_out or not _scores_due(job, step, course.steps):
                 return
             scores = session.score(held_out)
             writer.scored(step, scores)
-            show_scores(screen, f"{scores.split} after {step} steps" if step else f"{scores.split} before training", scores)
+            show_scores(screen, f"{scores.split} after {step} steps" if step else f"{scores.split} before training", scores, told)
 
         try:
             if ranks.any(ranks.stop.asked)[0]:
                 raise StopAgreed
-            if not start.scored:
+            if start.scores is None:
                 score_if_due(progress.step)
-            for taken in take_steps(course, stepper, ranks):
+            steps = take_steps(course, stepper, ranks)
+            while not writer.patience_is_over and (taken := next(steps, None)):
                 progress = taken.progress
                 writer.took(taken)
                 bar.update(progress.step, taken.values["loss"], taken.values["tokens"] / taken.values["step_s"])
@@ -93,7 +100,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
             writer.settle()
             raise
         writer.save(progress)
-        result = writer.conclude()
+        result = writer.conclude(progress.step)
     if ranks.first:
         show_end(screen, run, job, result)
 
@@ -108,25 +115,34 @@ def _scores_due(job: Job, step: int, steps: int) -> bool:
     return step == steps or (job.evaluate.every_steps is not None and step % job.evaluate.every_steps == 0)
 
 
-def evaluate(job: Job, run: Path, split: Split, ranks: Ranks, screen: Screen) -> dict[str, Any]:
-    """Scores a run's delta on a split; writes the predictions into the run folder."""
+def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], ranks: Ranks, screen: Screen) -> dict[str, Any]:
+    """Scores a run's delta on a split; writes the predictions into the run folder.
+
+    Args:
+        which: of the run's deltas.
+    """
     session = open_session(job, ranks, screen)
     digest = [base_digest(session.digests.result()) if session.digests else ""]
     dist.broadcast_object_list(digest)
-    manifest = restore(session.delta, run / "delta", digest[0])
-    scores = session.score(session.evaluation(split))
-    file = run / "predictions" / f"{split}.jsonl"
-    if ranks.first:
-        write_predictions(file, scores.predictions)
-    show_scores(screen, f"{split} of {run} after {manifest.step} steps", scores)
-    screen.print(f"predictions  {file}")
+    manifest = restore(session.delta, run / DELTAS[which], digest[0])
+    data = session.evaluation(split)
+    if not data:
+        raise JobError(f"--split {split}: the job has no {split} split. Name its file in [task], or choose another.", everywhere=True)
+    scores = session.score(data)
+    name = f"{split}-best" if which == "best" else split
+    files = write_predictions(run / "predictions", name, scores) if ranks.first else []
+    show_scores(screen, f"{split} by the {which} delta of {run}, after {manifest.step} steps", scores, set())
+    for file in files:
+        screen.print(f"predictions  {file}")
     return {
         "schema_version": 1,
         "run": str(run),
         "split": split,
+        "delta": which,
         "step": manifest.step,
-        "prompts": len(scores.predictions),
-        "too_long": scores.too_long,
+        "prompts": sum(len(part.predictions) for part in scores.parts),
+        "too_long": sum(part.too_long for part in scores.parts),
         "metrics": scores.metrics,
-        "predictions": str(file),
+        "notes": [note for part in scores.parts for note in part.notes],
+        "predictions": [str(file) for file in files],
     }

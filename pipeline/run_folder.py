@@ -18,7 +18,7 @@ from pipeline.job.errors import JobError
 
 LOGS = "logs"
 LOCK = ".lock"
-WRITTEN = ("environment.json", "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "predictions", "result.json")
+WRITTEN = ("environment.json", "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "best", "predictions", "result.json")
 """What a run writes, logs apart; the first of them first."""
 _RETRY_S = 2.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -112,12 +112,16 @@ def clear(folder: Path) -> None:
     """Removes an earlier run but for its logs. Called when the new run is about to write, so that a mistake costs nothing."""
     # What tells a run's folder from another goes last; and no state goes in pieces, or one of the old run's might be gone on from.
     for name in reversed(WRITTEN):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path.rename(folder / f".{name}.old-{os.getpid()}"))
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
     remove_halves(folder)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of the run, a folder from under its name at once; or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(path.parent / f".{path.name}.old-{os.getpid()}"))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_halves(folder: Path) -> None:

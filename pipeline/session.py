@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pipeline.evaluate.score import EvaluationSet, Scores, score
 from pipeline.job.labels import labels_of
+from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
-from pipeline.job.task import Conversations, PlainText, SingleTask
+from pipeline.job.task import Conversations, Mix, PlainText, SingleTask, titled
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, read_config, require_dtype
@@ -20,8 +21,8 @@ from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
-from pipeline.tasks.example import grouped
-from pipeline.tasks.open import content_keys, named_split, open_split, read_examples, separator_text, sources_of
+from pipeline.tasks.example import Labelled, grouped
+from pipeline.tasks.open import content_keys, has_split, named_split, open_split, read_examples, separator_text, sources_of
 from pipeline.tasks.order import Stream
 from pipeline.tasks.sequences import Chosen, Joined, Listed, Sequences, fit
 from pipeline.tasks.store import Reason, Store, open_store
@@ -105,9 +106,12 @@ class Session:
         block = block_tokens if isinstance(task, PlainText) else 0
         return Encoder(self.tokens, separator, block, self.vocabulary, isinstance(task, Conversations))
 
-    def evaluation(self, split: Split) -> EvaluationSet:
-        """A split as it is scored: `train.max_tokens` does not bind it, and a prompt never depends on its references."""
-        (task,) = sources_of(self.job.task)
+    def evaluation(self, split: Split) -> tuple[EvaluationSet, ...]:
+        """A split as it is scored, of each task that has it: `train.max_tokens` does not bind it."""
+        mixed = isinstance(self.job.task, Mix)
+        return tuple(self._evaluation(task, split, mixed) for task in sources_of(self.job.task) if has_split(task, split))
+
+    def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
         examples, encoder = read_examples(task, split), self._encoder(task, self.context)
         pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
         if pairs:
@@ -119,14 +123,16 @@ class Session:
         fitted, too_long = fit(whole, self.context, task.too_long)
         kept = fitted.kept if isinstance(fitted, Chosen) else range(len(whole))
         prompts = grouped(pairs[place] for place in kept) if pairs else []
+        # A prompt never depends on its references.
         room = max(1, self.context - self.job.evaluate.max_new_tokens)
         ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in encoder.prompts([p.text for p in prompts])]
-        return EvaluationSet(split, prompts, ids, [fitted[place] for place in range(len(fitted))], too_long)
+        labelled = [example for place in kept if isinstance(example := examples[place], Labelled)]
+        sequences = [fitted[place] for place in range(len(fitted))]
+        title = titled(task) if mixed else ""
+        return EvaluationSet(title, scored_as(task), split, sequences, prompts, ids, labelled, labels_of(task), too_long)
 
-    def score(self, data: EvaluationSet) -> Scores:
-        return score(
-            self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar(f"scoring {data.split}")
-        )
+    def score(self, data: tuple[EvaluationSet, ...]) -> Scores:
+        return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar)
 
     def _bar(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
         return lambda items: self.ranks.watch.over(label, self.screen.progress(label, items))

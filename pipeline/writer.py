@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.evaluate.best import SCORE, BestDelta
 from pipeline.evaluate.score import Scores, write_predictions
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, job_toml
 from pipeline.methods.files import store
 from pipeline.report import markdown
 from pipeline.resume import Start
-from pipeline.run_folder import clear, remove_halves
+from pipeline.run_folder import clear, remove, remove_halves
 from pipeline.session import Session
 from pipeline.train.board import Board
 from pipeline.train.engine import first_rank_alone
@@ -27,7 +28,7 @@ from pipeline.train.saver import Saver
 from pipeline.train.step import Stepper
 from pipeline.weights.atomic import write_json, write_text
 from pipeline.weights.digest import base_digest
-from pipeline.weights.state import DataFile, Progress, Record, State, tidy, write_state
+from pipeline.weights.state import Best, DataFile, Progress, Record, State, tidy, write_state
 
 _BASE_PATIENCE_S = 10.0
 
@@ -35,23 +36,32 @@ _BASE_PATIENCE_S = 10.0
 class Writer:
     """Open for one sitting. On all ranks but the first it only keeps step with it.
 
+    Args:
+        best: as the state has it.
+
     Raises:
         JobError: the base is not the one that the run began with.
     """
 
-    def __init__(self, session: Session, run: Path, course: Course, data: tuple[DataFile, ...], stepper: Stepper, start: Start) -> None:
+    def __init__(
+        self, session: Session, run: Path, course: Course, data: tuple[DataFile, ...], stepper: Stepper, start: Start, best: BestDelta
+    ) -> None:
         self._session, self._run, self._course, self._data, self._stepper = session, run, course, data, stepper
         self._expected_base = start.record.base_digest if start.record else None
         self._rate = start.record.learning_rate if start.record else 0.0
         # The steps whose state and delta are on disk, or on their way.
         self._state_step = start.record.progress.step if start.record else None
         self._delta_step = self._state_step if start.delta_written else None
-        self._checked = False
+        self._best, self._best_step = best, -1
+        self._checked = self._bad = False
         self._saver = Saver()
         self._board: Board | None = None
         if session.ranks.first:
             self._check_base(_BASE_PATIENCE_S)
             self._board = self._open(start)
+        if start.scores is not None:
+            # Ended after these scores were written down, and before anything that follows from them.
+            self._take(start.progress.step, start.scores)
 
     def _open(self, start: Start) -> Board:
         job, ranks = self._session.job, self._session.ranks
@@ -60,6 +70,8 @@ class Writer:
         remove_halves(self._run)
         tidy(self._run / "state", start.progress.step)
         (self._run / "result.json").unlink(missing_ok=True)
+        if self._best.best is None or self._best.best.step is None:
+            remove(self._run / "best")
         write_json(self._run / "environment.json", environment(ranks.count, ranks.device))
         write_text(self._run / "job.toml", job_toml(job))
         return Board(self._run, start.progress.step)
@@ -80,7 +92,7 @@ class Writer:
 
     def took(self, taken: Taken) -> None:
         """Writes a step down."""
-        self._rate = taken.values["learning_rate"]
+        self._rate, self._bad = taken.values["learning_rate"], taken.bad
         if self._board:
             self._check_base(0.0)
             self._saver.check()
@@ -90,7 +102,21 @@ class Writer:
         """Writes scores, samples and predictions down."""
         if self._board:
             self._board.evaluation(step, scores.split, scores.metrics, markdown(scores))
-            write_predictions(self._run / "predictions" / f"{scores.split}-{step:06d}.jsonl", scores.predictions)
+            write_predictions(self._run / "predictions", f"{scores.split}-{step:06d}", scores)
+        # A bad step changed nothing, and the state that may be saved now is of the one before it.
+        if not self._bad:
+            self._take(step, dict(scores.metrics))
+
+    @property
+    def patience_is_over(self) -> bool:
+        """The same on every rank."""
+        return self._best.patience_is_over
+
+    def _take(self, step: int, metrics: dict[str, float | None]) -> None:
+        self._best.take(step, metrics, self._stepper.capture_weights if self._board else dict)
+        if self._board and self._best.best and self._best.best.step == step:
+            best, weights = self._best.best, self._best.weights
+            self._saver.start(lambda: self._write_best(best, weights))
 
     def save(self, progress: Progress) -> None:
         """Takes a copy of what is trained and writes it as state and delta, behind training.
@@ -104,8 +130,9 @@ class Writer:
         start = time.perf_counter()
         self._saver.finish()
         waited_s = time.perf_counter() - start
-        tensors = self._stepper.capture()
-        self._saver.start(lambda: self._write(progress, tensors, rate, board))
+        tensors, best, weights = self._stepper.capture(), self._best.best, self._best.weights
+        kept = self._best.tensors()
+        self._saver.start(lambda: self._write(progress, tensors | kept, rate, board, best, weights))
         self._state_step = progress.step
         board.saved(progress.step, time.perf_counter() - start, waited_s)
 
@@ -116,27 +143,46 @@ class Writer:
         self._saver.finish()
         dist.barrier()
 
-    def conclude(self) -> dict[str, Any]:
-        """Ends a finished run: the content of `result.json`, on the first rank."""
+    def conclude(self, steps: int) -> dict[str, Any]:
+        """Ends a finished run: the content of `result.json`, on the first rank.
+
+        Args:
+            steps: that were taken.
+        """
         # A large base on a slow disk may still be being hashed.
         self._session.ranks.watch.at("writing the delta", patient=True)
-        first_rank_alone(self._session.ranks, "delta written", self._finish)
+        first_rank_alone(self._session.ranks, "delta written", lambda: self._finish(steps))
         if self._board is None:
             return {}
-        job, board, steps = self._session.job, self._board, self._course.steps
-        result = {"schema_version": 1, "job_digest": job_digest(job), "steps": steps, **board.last_values()}
+        job, board, best = self._session.job, self._board, self._best.best
+        result = {"schema_version": 1, "job_digest": job_digest(job), "steps": steps, "stopped_early": steps < self._course.steps}
+        result |= board.last_values()
+        if best:
+            result["best"] = None if best.step is None else _score(best)
         result |= {split: metrics for (step, split), metrics in board.evaluated.items() if step == steps}
         board.text("job", f"```toml\n{job_toml(job)}```")
         write_json(self._run / "result.json", result)
         return result
 
-    def _finish(self) -> None:
+    def _finish(self, steps: int) -> None:
         self._saver.finish()
-        steps, digests = self._course.steps, self._session.digests
-        if self._delta_step != steps and digests is not None:
-            self._write_delta(steps, self._stepper.capture(), digests.result())
+        if (digests := self._session.digests) is None:
+            return
+        if self._delta_step != steps:
+            self._write_delta(steps, self._stepper.capture_weights(), digests.result())
+        if self._best.best:
+            digests.result()
+            self._write_best(self._best.best, self._best.weights)
 
-    def _write(self, progress: Progress, tensors: dict[str, torch.Tensor], rate: float, board: Board) -> None:
+    def _write(
+        self,
+        progress: Progress,
+        tensors: dict[str, torch.Tensor],
+        rate: float,
+        board: Board,
+        best: Best | None,
+        weights: dict[str, torch.Tensor],
+    ) -> None:
         session, job = self._session, self._session.job
         assert session.digests is not None, "only the first rank writes"
         self._check_base(0.0)
@@ -153,17 +199,30 @@ class Writer:
             base_digest=base_digest(digests) if digests else self._expected_base,
             base_config=session.base_config,
             data=self._data,
+            best=best,
         )
         write_state(self._run / "state", State(record, tensors), job.train.keep_states)
         if digests:
-            self._write_delta(progress.step, tensors, digests)
+            values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
+            self._write_delta(progress.step, values, digests)
+        if best:
+            self._write_best(best, weights)
 
-    def _write_delta(self, step: int, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> None:
-        session, job = self._session, self._session.job
-        values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
-        method, digest, folder = job.methods[0], job_digest(job), self._run / "delta"
-        store(session.delta, values, folder, method, job.base.model, digests, session.base.tensors, digest, step)
+    def _write_delta(self, step: int, values: dict[str, torch.Tensor], digests: dict[str, str]) -> None:
+        self._store(self._run / "delta", step, values, digests, {})
         self._delta_step = step
+
+    def _write_best(self, best: Best, weights: dict[str, torch.Tensor]) -> None:
+        """Once the base is hashed, which a delta names; until then the state has it. Again in every sitting: it may be of another."""
+        digests = self._session.digests
+        if best.step is None or best.step == self._best_step or digests is None or not digests.done():
+            return
+        self._store(self._run / "best", best.step, weights, digests.result(), {SCORE: {"schema_version": 1, **_score(best)}})
+        self._best_step = best.step
+
+    def _store(self, folder: Path, step: int, values: dict[str, torch.Tensor], digests: dict[str, str], beside: dict[str, Any]) -> None:
+        session, job = self._session, self._session.job
+        store(session.delta, values, folder, job.methods[0], job.base.model, digests, session.base.tensors, job_digest(job), step, beside)
 
     def _check_base(self, patience_s: float) -> None:
         """A base is hashed beside the first steps; one that is not the run's stops it before anything is saved."""
@@ -179,3 +238,7 @@ class Writer:
                 f"the run's {self._expected_base[:12]}.... Put the base back, or use --run for another folder."
             )
         self._checked = True
+
+
+def _score(best: Best) -> dict[str, Any]:
+    return best.model_dump(include={"metric", "split", "step", "value"})

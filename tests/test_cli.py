@@ -177,6 +177,16 @@ def test_evaluating_what_is_no_run_is_one_line(refused, tmp_path):
         assert f"{name}: not a run folder" in refused("evaluate", name)
 
 
+def test_the_best_delta_of_a_run_without_one_is_one_line(refused, tmp_path):
+    job = write_job(tmp_path)
+    (tmp_path / "run").mkdir()
+    job.rename(tmp_path / "run" / "job.toml")
+    assert "run: has no best delta: none was asked for by evaluate.best_metric, or none scored yet" in refused(
+        "evaluate", "run", "--delta", "best"
+    )
+    assert "Use --delta last." in refused("evaluate", "run", "--set", "evaluate.best_metric=BLEU")
+
+
 def make_delta(folder, base, digest=None, scale=1.0, columns=32):
     """A delta on one module of a base, written by hand."""
     name = TENSOR.removesuffix(".weight")

@@ -119,7 +119,7 @@ def trained(pool, job: Path, run: Path, *overrides: str) -> Trained:
 
 def read_run(run: Path) -> Trained:
     """What a run folder says."""
-    steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row and "split" not in row]
     return Trained([row["loss"] for row in steps], steps, load_file(run / "delta" / "adapter_model.safetensors"))
 
 
@@ -129,4 +129,8 @@ def rows(run: Path) -> list[dict]:
 
 
 def delta_bytes(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "delta").iterdir()}
+    return folder_bytes(run / "delta")
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

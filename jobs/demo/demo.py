@@ -105,7 +105,7 @@ def summary(merged: Path, seconds: float) -> None:
         rows = [json.loads(line) for line in (RUNS / task / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         evaluations = [row for row in rows if row.get("split") == "test"]
         before, after = evaluations[0], evaluations[-1]
-        scores.add_row(task, "BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}")
+        scores.add_row(task, "BLEU", f"{before['BLEU']:.1f}", f"{after['BLEU']:.1f}")
         scores.add_row("", "perplexity", f"{before['perplexity']:.1f}", f"{after['perplexity']:.2f}")
     console.print(scores)
     places = Table(

@@ -1,35 +1,45 @@
-"""A split -> its scores and predictions: perplexity, and BLEU of greedy generations against all references."""
+"""A split -> its scores and predictions: the task's own metrics of generated texts or of labels, and the loss."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-import sacrebleu
-
+from pipeline.evaluate.alone import on_first_rank
 from pipeline.evaluate.gather import Gathering, choose
 from pipeline.evaluate.generate import generate
-from pipeline.evaluate.perplexity import perplexity
+from pipeline.evaluate.measure import measure, perplexity
+from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
-from pipeline.tasks.example import Prompt, Sequence
+from pipeline.tasks.example import Labelled, Prompt, Sequence
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks
 from pipeline.weights.atomic import write_text
 
+Bar = Callable[[Iterable[int]], Iterable[int]]
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A split, ready to be scored."""
+    """A split of one task, ready to be scored."""
 
+    title: str
+    """In a mix, what its scores are named after; else empty."""
+    kind: str
+    """Whose metrics."""
     split: str
-    prompts: list[Prompt]
-    prompt_tokens: list[list[int]]
     sequences: list[Sequence]
-    """Prompt and reference of every example, for the perplexity."""
+    """Of every example, for the loss."""
+    prompts: list[Prompt]
+    """What is generated and what is expected; none where nothing is generated."""
+    prompt_tokens: list[list[int]]
+    labelled: list[Labelled]
+    """Of each sequence, where the task has labels."""
+    labels: tuple[str, ...] | None
+    """Their names; None: they are numbers."""
     too_long: int
     """Examples that did not fit the context and were cut or left out, as the job says."""
 
@@ -39,59 +49,125 @@ class Prediction:
     prompt: str
     prediction: str
     references: tuple[str, ...]
+    """None where they are withheld."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task of a mix, or the only one, has scored."""
+
+    title: str
+    kind: str
+    metrics: dict[str, float]
+    """The task's, as its official script names and scales them; loss per target; perplexity where targets are tokens."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+    predictions: list[Prediction]
+    targets: int
+    too_long: int
 
 
 @dataclass(frozen=True)
 class Scores:
     split: str
-    metrics: dict[str, float]
-    """perplexity; bleu from 0 to 100."""
-    predictions: list[Prediction]
-    too_long: int
+    parts: tuple[Part, ...]
     gathering: Gathering
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of a mix, each task's under its title, and the loss over all."""
+        if len(self.parts) == 1:
+            return self.parts[0].metrics
+        named = {f"{part.title}/{name}": value for part in self.parts for name, value in part.metrics.items()}
+        known = [part for part in self.parts if part.targets]
+        total = sum(part.metrics["loss"] * part.targets for part in known)
+        return named | {"loss": total / max(1, sum(part.targets for part in known))}
 
 
 def score(
     root: Causal,
     engine: Engine,
+    sets: tuple[EvaluationSet, ...],
+    tokens: Tokens,
+    evaluate: Evaluate,
+    train: Train,
+    ranks: Ranks,
+    bar: Callable[[str], Bar],
+) -> Scores:
+    """Scores on all ranks together; every rank gets the result.
+
+    Args:
+        bar: given a label, what wraps the iteration over batches of prompts, for a progress bar.
+    """
+    root.eval()
+    engine.release()
+    gathering = choose(root, evaluate, ranks)
+    with gathering.held(root):
+        found = [_run(root, data, tokens, evaluate, train, ranks, gathering, bar) for data in sets]
+    engine.release()
+    root.train()
+    parts = tuple(_part(data, loss, predictions, evaluate.script, ranks) for data, (loss, predictions) in zip(sets, found, strict=True))
+    return Scores(sets[0].split, parts, gathering)
+
+
+def _run(
+    root: Causal,
     data: EvaluationSet,
     tokens: Tokens,
     evaluate: Evaluate,
     train: Train,
     ranks: Ranks,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Scores:
-    """Scores on all ranks together; every rank gets the result.
-
-    Args:
-        progress: wraps the iteration over batches of prompts, for a progress bar.
-    """
-    root.eval()
-    context = root.model.config.max_position_embeddings
-    ends = (tokens.end_id, *evaluate.eos_tokens)
-    engine.release()
-    gathering = choose(root, evaluate, ranks)
-    with gathering.held(root):
-        ids = generate(root, data.prompt_tokens, ranks, evaluate, ends, context, gathering.each_pass, progress)
-        fit = perplexity(root, data.sequences, ranks, train.micro_batch_tokens, train.packing)
-    texts = [tokens.text(new, ends) for new in ids]
-    metrics = {"perplexity": fit, "bleu": bleu(texts, [prompt.references for prompt in data.prompts])}
-    engine.release()
-    root.train()
-    predictions = [Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)]
-    return Scores(data.split, metrics, predictions, data.too_long, gathering)
+    gathering: Gathering,
+    bar: Callable[[str], Bar],
+) -> tuple[float, list[Prediction]]:
+    """The loss, and what the model says."""
+    ends, context = (tokens.end_id, *evaluate.eos_tokens), root.model.config.max_position_embeddings
+    predictions = []
+    if data.prompts:
+        label = f"scoring {data.split}" + (f" of {data.title}" if data.title else "")
+        ids = generate(root, data.prompt_tokens, ranks, evaluate, ends, context, gathering.each_pass, bar(label))
+        texts = [tokens.text(new, ends) for new in ids]
+        predictions = [
+            Prediction(p.text, text, tuple(r.strip() for r in p.references)) for p, text in zip(data.prompts, texts, strict=True)
+        ]
+    loss, outputs = measure(root, data.sequences, ranks, train.micro_batch_tokens, train.packing)
+    if data.labelled:
+        predictions = [_judged(text, output, data.labels) for text, output in zip(data.labelled, outputs, strict=True)]
+    return loss, predictions
 
 
-def bleu(predictions: list[str], references: Sized[Sized[str]]) -> float:
-    """Corpus BLEU by sacrebleu's defaults; each prediction may have its own number of references."""
-    most = max(map(len, references))
-    streams = [[refs[n].strip() if n < len(refs) else None for refs in references] for n in range(most)]
-    return float(sacrebleu.corpus_bleu(predictions, streams).score)
+def _judged(text: Labelled, output: list[float], labels: tuple[str, ...] | None) -> Prediction:
+    """The likeliest class by its name, or the number."""
+    found = repr(output[0]) if labels is None else labels[output.index(max(output))]
+    known = () if text.label is None else (repr(text.label) if labels is None else labels[int(text.label)],)
+    return Prediction("\n".join(text.texts), found, known)
 
 
-def write_predictions(file: Path, predictions: list[Prediction]) -> None:
-    """One JSON object a prompt."""
-    lines = [
-        json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False) for p in predictions
-    ]
-    write_text(file, "\n".join(lines) + "\n")
+def _part(data: EvaluationSet, loss: float, predictions: list[Prediction], script: str | None, ranks: Ranks) -> Part:
+    # As `zlora score` reads the file of predictions.
+    known = [prediction for prediction in predictions if prediction.references]
+    texts, groups = [prediction.prediction for prediction in known], [list(prediction.references) for prediction in known]
+    metrics, notes = dict[str, float](), list[str]()
+    if known:
+        metrics, notes = on_first_rank(ranks, "metrics", lambda: metrics_of(data.kind, texts, groups, script))
+    if len(known) < len(predictions):
+        notes = [*notes, f"{len(predictions) - len(known):,} labels of the {data.split} split are withheld: predictions, but no scores."]
+    targets = sum(sequence.targets for sequence in data.sequences)
+    if targets:
+        metrics = {**metrics, "loss": loss} | ({} if data.labelled else {"perplexity": perplexity(loss)})
+    return Part(data.title, data.kind, metrics, tuple(notes), predictions, targets, data.too_long)
+
+
+def write_predictions(folder: Path, name: str, scores: Scores) -> list[Path]:
+    """One JSON object a prompt, one file a task, named after the task in a mix."""
+    files = []
+    for part in scores.parts:
+        file = folder / "-".join(filter(None, (part.title, f"{name}.jsonl")))
+        lines = [
+            json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False)
+            for p in part.predictions
+        ]
+        if lines:
+            write_text(file, "\n".join(lines) + "\n")
+            files.append(file)
+    return files

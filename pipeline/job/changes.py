@@ -13,7 +13,7 @@ from pipeline.job.spec import Job
 
 class Verdict(Enum):
     FREE = "every step so far would have been the same (but for the schedule, where the length of training changes)"
-    DELIBERATE = "the state still fits, but the trajectory becomes another"
+    DELIBERATE = "the state still fits, but the trajectory, or what the best delta is chosen by, becomes another"
     NEVER = "the state does not fit any more"
 
 
@@ -24,6 +24,11 @@ _FREE = re.compile(
     # Nor does a choice among the valid or test split touch what is trained.
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
 )
+_MEASURE = re.compile(
+    r"evaluate\.(split|script|max_prompts|max_new_tokens|beams|length_penalty|early_stopping|no_repeat_ngram|ngram_scope|eos_tokens"
+    r"|temperature|top_k|top_p|seed)|task\.test_categories"
+)
+"""What a score means: scores of before and after such a change cannot be compared."""
 _DELIBERATE = re.compile(
     r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout|classifier_dropout)"
     r"|methods\[\d+\]\.dropout|base\.dtype"
@@ -45,7 +50,13 @@ class Change:
 def changes(before: Job, now: Job) -> list[Change]:
     """Every key that differs, in the order of the job's sections."""
     old, new = (_flat("", job.model_dump(mode="json")) for job in (before, now))
-    return [Change(key, old.get(key), new.get(key), _verdict(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+    chosen = before.evaluate.best_metric is not None
+    return [Change(key, old.get(key), new.get(key), _verdict(key, chosen)) for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def measured_otherwise(found: list[Change]) -> bool:
+    """Whether the scores so far cannot be compared with those to come."""
+    return any(_MEASURE.fullmatch(change.key) for change in found)
 
 
 def refuse_changes(found: list[Change], where: str, accept: bool) -> None:
@@ -71,7 +82,11 @@ def refuse_changes(found: list[Change], where: str, accept: bool) -> None:
         )
 
 
-def _verdict(key: str) -> Verdict:
+def _verdict(key: str, chosen: bool = False) -> Verdict:
+    """Args:
+    chosen: the run keeps a best delta, which such a change gives up: it is chosen anew from there on."""
+    if chosen and (key == "evaluate.best_metric" or _MEASURE.fullmatch(key)):
+        return Verdict.DELIBERATE
     if _FREE.fullmatch(key):
         return Verdict.FREE
     return Verdict.DELIBERATE if _DELIBERATE.fullmatch(key) else Verdict.NEVER

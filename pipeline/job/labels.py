@@ -12,7 +12,7 @@ def labels_of(task: SingleTask) -> tuple[str, ...] | None:
     """Names of the classes. None: the label is a number. Nothing, (): the task has no labels, texts are what it learns."""
     match task:
         case Glue(name=name):
-            return _glue(name)
+            return glue_labels(name)
         case Classification(labels=labels):
             return labels
         case Regression():
@@ -21,7 +21,7 @@ def labels_of(task: SingleTask) -> tuple[str, ...] | None:
             return ()
 
 
-def _glue(name: str) -> tuple[str, ...] | None:
+def glue_labels(name: str) -> tuple[str, ...] | None:
     """In the order of the hub's copy, which is that of transformers' run_glue and so of the paper's checkpoints."""
     match name:
         case "cola":

@@ -174,7 +174,8 @@ def _explain(error: ValidationError, asked: dict[str, Any]) -> str:
         case "too_short":
             return f"{where} = {json.dumps(problem['input'], default=str)}: empty. Give at least one."
         case "value_error":
-            return f"{where}: {problem['ctx']['error']}"
+            # What holds between sections names its keys itself.
+            return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
         case _:
             return f"{where} = {json.dumps(problem['input'], default=str)}: {_lower(problem['msg'])}."
 

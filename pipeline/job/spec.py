@@ -1,6 +1,6 @@
 """A job: what is asked, as frozen values. Every key of the TOML file is a field here, with its default and unit.
 
-In: nothing but the standard library and pydantic. Out: `Job` and its sections; each room is handed only its own section.
+In: the names of metrics, the standard library and pydantic. Out: `Job` and its sections; each room is handed only its own section.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.job.metrics import Script, unknown_metric, unknown_script
 from pipeline.job.section import Section, Seed, Split, Text
 from pipeline.job.task import Task
 
@@ -147,6 +148,12 @@ class Evaluate(Decoding):
     """Also score this often; the end of training always is."""
     max_prompts: PositiveInt | None = None
     """Score the first so many prompts only."""
+    script: Script | None = None
+    """Whose way to count the task's metrics. E2E: mteval (default), pymteval; WebNLG, DART: generation_eval (default), challenge."""
+    best_metric: str | None = None
+    """Keep the delta that has scored best by this metric so far in `best/`: one of the task's metrics, or loss or perplexity."""
+    patience: PositiveInt | None = None
+    """So many scorings in a row that are no better by `best_metric` end training. Absent: it goes on to its end."""
 
 
 class Memory(Section):
@@ -163,3 +170,15 @@ class Job(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     memory: Memory = Memory()
+
+    @model_validator(mode="after")
+    def _scorable(self) -> Job:
+        evaluate = self.evaluate
+        if problem := unknown_script(self.task.kind, evaluate.script):
+            raise ValueError(f"evaluate.script = {problem}")
+        if evaluate.best_metric is not None and (problem := unknown_metric(self.task, evaluate.best_metric)):
+            raise ValueError(f"evaluate.best_metric = {problem}")
+        for key in ("best_metric", "every_steps"):
+            if evaluate.patience is not None and getattr(evaluate, key) is None:
+                raise ValueError(f"evaluate.patience = {evaluate.patience}: needs evaluate.{key}. Set it, or leave patience out.")
+        return self

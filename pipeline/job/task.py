@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from pipeline.job.section import Section, Seed, Text
 
@@ -23,7 +23,7 @@ class TaskSection(Section):
     """Learn from so many of the training examples only, as in the paper's low-data study. A smaller draw is part of a larger one."""
     train_examples_seed: Seed = 1
     """Of that draw."""
-    title: Text | None = None
+    title: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """In a mix: what its scores are named after. Absent: its kind."""
     weight: PositiveFloat = 1.0
     """In a mix: how often each of its examples comes in an epoch. 0.5: a half of them in one epoch, the other half in the next."""
@@ -168,5 +168,18 @@ class Mix(Section):
     sources: Annotated[tuple[SingleTask, ...], Field(min_length=1, strict=False)]
     """[[task.sources]], each as a [task] of its own."""
 
+    @model_validator(mode="after")
+    def _told_apart(self) -> Mix:
+        titles = [titled(source) for source in self.sources]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f'two sources are called "{title}". Give each a title of its own.')
+        return self
+
 
 Task = Annotated[_Single | Mix, Field(discriminator="kind")]
+
+
+def titled(task: SingleTask) -> str:
+    """What a task's scores are named after in a mix."""
+    return task.title or (task.name if isinstance(task, Glue) else task.kind)

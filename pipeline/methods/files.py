@@ -27,6 +27,7 @@ def store(
     tensors: dict[str, Entry],
     job_digest: str,
     step: int,
+    beside: dict[str, Any] | None = None,
 ) -> None:
     """Writes the delta.
 
@@ -34,6 +35,7 @@ def store(
         values: of the trained tensors, by name, in main memory: as they were at `step`, while training goes on.
         base_files: sha256 of each of the base's weight files.
         tensors: parameter name -> checkpoint entry, from loading the base.
+        beside: more JSON files of the folder, by name.
     """
     pairs = {adapted.module: to_peft(adapted, values) for adapted in delta.adapted}
     stored: dict[str, torch.Tensor] = {}
@@ -62,7 +64,7 @@ def store(
         "modules": modules,
         "head": Head(delta.head.labels, delta.head.architecture) if delta.head else None,
     }
-    write_delta(folder, stored, _peft_config(delta, pairs, method, base), manifest)
+    write_delta(folder, stored, _peft_config(delta, pairs, method, base), manifest, beside)
 
 
 def restore(delta: Delta, folder: Path, digest: str) -> Manifest:

@@ -47,6 +47,10 @@ class Causal(nn.Module):
         self._body = family.body
         self._readout = readout
 
+    @property
+    def has_readout(self) -> bool:
+        return self._readout is not None
+
     def forward(self, batch: MicroBatch | None = None, decode: Decode | None = None, smoothing: float = 0.0) -> tuple[torch.Tensor, ...]:
         """For a batch: sums of the smoothed and the plain loss over its labels. For a decode: the last position's logits [B, V]."""
         body = self.model.get_submodule(self._body)

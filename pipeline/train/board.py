@@ -45,7 +45,7 @@ class Board:
             if "split" in row
         }
         """Scores by step and split."""
-        self.last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
+        self.last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row and "split" not in row), {})
         """The newest step's row."""
         if file.exists():
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -72,11 +72,13 @@ class Board:
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
         self._record({"step": step, "split": split, **metrics})
-        self.evaluated[step, split] = metrics
+        self.evaluated[step, split] = _plain(metrics)
+        # The steps have train/loss.
+        folder = "train_split" if split == "train" else split
         with _named(self._folder):
             for key, value in metrics.items():
-                self._events.add_scalar(f"{split}/{key}", value, step)
-            self._events.add_text(f"{split}/samples", samples, step)
+                self._events.add_scalar(f"{folder}/{key}", value, step)
+            self._events.add_text(f"{folder}/samples", samples, step)
 
     def saved(self, step: int, stall_s: float, waited_s: float) -> None:
         """A state was taken: training stood still for `stall_s`, of which `waited_s` for the write before."""

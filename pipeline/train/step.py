@@ -118,11 +118,11 @@ class Stepper:
 
     def capture(self) -> dict[str, torch.Tensor]:
         """Copies of the master weights and both moments in main memory, by kind/name: 3 x the delta's elements, nothing else."""
-        return {
-            f"{kind}/{name}": part
-            for kind, flat in ((kind, self._gathered(kind)) for kind in _KINDS)
-            for name, part in self._parts(flat.to("cpu"))
-        }
+        return {f"{kind}/{name}": part for kind in _KINDS for name, part in self._parts(self._gathered(kind).to("cpu"))}
+
+    def capture_weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the master weights alone, by name."""
+        return dict(self._parts(self._gathered("weight").to("cpu")))
 
     def restore(self, tensors: dict[str, torch.Tensor] | None, progress: Progress) -> None:
         """Puts back what `capture` took.

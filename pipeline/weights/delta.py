@@ -76,15 +76,20 @@ def keys_of(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def write_delta(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], manifest: dict[str, Any]) -> None:
+def write_delta(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], manifest: dict[str, Any], beside: dict[str, Any] | None = None
+) -> None:
     """Writes a delta, whole or not at all; an older one in its place gives way.
 
     Args:
         manifest: the fields of `Manifest` without `sha256`.
+        beside: more JSON files of the folder, by name.
     """
     with new_folder(folder, replace=True) as partial:
         save_tensors(partial / TENSORS, tensors)
         write_json(partial / CONFIG, config)
+        for name, value in (beside or {}).items():
+            write_json(partial / name, value)
         write_json(partial / MANIFEST, asdict(Manifest(**manifest, sha256=sha256_of(partial / TENSORS))))
 
 

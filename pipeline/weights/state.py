@@ -1,7 +1,7 @@
 """State on disk: what a run needs to go on, unpartitioned, by parameter name, on any number of ranks. Nothing is unpickled.
 
-`state/step-00000500/` holds `tensors.safetensors` (fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME), `state.json` (`Record`) and
-`SHA256SUMS` of both, as `sha256sum -c` reads it. A state appears under its name when it is whole.
+`state/step-00000500/` holds `tensors.safetensors` (fp32: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME; best/NAME),
+`state.json` (`Record`) and `SHA256SUMS` of both, as `sha256sum -c` reads it. A state appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ class DataFile(Row):
     """Of token ids and what is learnt of them, in order."""
 
 
+class Best(Row):
+    """The scores so far, as `evaluate.best_metric` sees them. The best delta's weights are in the state too, as best/NAME."""
+
+    metric: str
+    split: str
+    step: int | None = None
+    """Of the best score; None before the first that has a value."""
+    value: float | None = None
+    scored_step: int | None = None
+    """Of the last scoring that is counted here."""
+    scorings_since: int = 0
+    """In a row that were no better than the best."""
+
+
 class Record(Row):
     """`state.json`."""
 
@@ -79,6 +93,8 @@ class Record(Row):
     base_config: str
     """sha256 of its config.json."""
     data: tuple[DataFile, ...]
+    best: Best | None = None
+    """None where the job asks for no best delta."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, NoRepeatNGramLogitsProcessor
 
-from pipeline.evaluate.score import bleu
+from pipeline.evaluate.metrics.own import bleu
 from tests.training import write_job
 
 PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe Mill high cheap", "pub", "Italian city", "x" * 100, "The", "French pub"]
@@ -242,6 +242,7 @@ def test_perplexity_and_bleu_are_the_libraries(gpt2_base, ranks2, tmp_path):
             logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(tail), reduction="sum").item()
         count += len(tail)
+    assert one["metrics"]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert one["metrics"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert one["references"] == [("one two", "one two three four five"), ("six",), ("Blue Spice is near the Eagle",)]
 

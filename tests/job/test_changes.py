@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.job.changes import Verdict, _flat, _verdict, changes, refuse_changes
+from pipeline.job.changes import Verdict, _flat, _verdict, changes, measured_otherwise, refuse_changes
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Job
 from pipeline.job.task import Task
@@ -19,7 +19,7 @@ FREE = {
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
     "evaluate.batch_tokens", "evaluate.gather", "evaluate.beams", "evaluate.length_penalty", "evaluate.early_stopping",
     "evaluate.no_repeat_ngram", "evaluate.ngram_scope", "evaluate.eos_tokens", "evaluate.temperature", "evaluate.top_k", "evaluate.top_p",
-    "evaluate.seed", "memory.config", "memory.gradient_checkpointing",
+    "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience", "memory.config", "memory.gradient_checkpointing",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
@@ -82,6 +82,19 @@ def test_a_change_of_course_must_be_meant():
     with pytest.raises(JobError, match=r"^runs/x: .*: train.learning_rate 0.0002 -> 1.0\. .*--accept-changes"):
         refuse_changes(found, "runs/x", accept=False)
     refuse_changes(found, "runs/x", accept=True)
+
+
+def test_what_the_best_delta_was_chosen_by_must_be_meant():
+    begun = job(evaluate__best_metric="BLEU", evaluate__every_steps=5)
+    for key, value in {"best_metric": "loss", "beams": 4, "max_prompts": 9, "split": "test"}.items():
+        asked = {"evaluate__best_metric": "BLEU", "evaluate__every_steps": 5, f"evaluate__{key}": value}
+        found = changes(begun, job(**asked))
+        with pytest.raises(JobError, match=rf"evaluate.{key} .*--accept-changes"):
+            refuse_changes(found, "runs/x", accept=False)
+        assert measured_otherwise(found) == (key != "best_metric")
+    free = {"evaluate__best_metric": "BLEU", "evaluate__every_steps": 3, "evaluate__patience": 2, "evaluate__gather": "once"}
+    refuse_changes(changes(begun, job(**free)), "runs/x", accept=False)
+    refuse_changes(changes(job(), job(evaluate__best_metric="BLEU", evaluate__beams=4)), "runs/x", accept=False)
 
 
 def test_another_methods_state_does_not_fit_whatever_is_accepted():

@@ -147,11 +147,11 @@ def test_the_scores_due_when_it_was_stopped_are_made_up_for(gpt2_base, ranks2, t
         write_examples(data / f"{split}.jsonl", 12)
     job.write_text(job.read_text().replace(str(tmp_path / "train.jsonl"), str(data)) + "[evaluate]\nevery_steps = 2\nmax_new_tokens = 4\n")
     ranks2.run(train_until, str(job), str(tmp_path / "run"), ("train.steps=6",), 4)
-    scores = lambda: [r["step"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "bleu" in r]  # noqa: E731
+    scores = lambda: [r["step"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "BLEU" in r]  # noqa: E731
     assert scores() == [2], "a request to stop comes before scoring"
     ranks2.run(train_here, str(job), str(tmp_path / "run"), ("train.steps=6",))
     assert scores() == [2, 4, 6]
-    assert "bleu" in json.loads((tmp_path / "run" / "result.json").read_text())["valid"]
+    assert "BLEU" in json.loads((tmp_path / "run" / "result.json").read_text())["valid"]
     trained(ranks2, job, tmp_path / "whole", "train.steps=6")
     assert delta_bytes(tmp_path / "run") == delta_bytes(tmp_path / "whole")
 
@@ -163,7 +163,7 @@ def test_scores_of_the_beginning_are_not_made_twice(gpt2_base, ranks1, tmp_path)
     ranks1.run(train_until, str(job), str(tmp_path / "run"), ("train.steps=6", "train.save_every_steps=9"), 2)
     shutil.rmtree(tmp_path / "run" / "state")  # as if it had been killed before
     ranks1.run(train_here, str(job), str(tmp_path / "run"), ("train.steps=6", "train.save_every_steps=9"))
-    scored = [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "bleu" in row]
+    scored = [row["step"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "BLEU" in row]
     assert scored == [0, 6]
     assert [row["step"] for row in read_run(tmp_path / "run").steps] == [1, 2, 3, 4, 5, 6]
 
@@ -198,7 +198,7 @@ def test_a_request_while_scoring_is_answered_at_once(gather, gpt2_base, ranks2, 
     messages = ranks2.run(stopped_while_scoring, str(job), str(tmp_path / "run"), settings)
     assert all("after step 3 of 6" in message for message in messages)
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
-    assert '"bleu"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"BLEU"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_metrics_and_tensorboard_have_every_step_once(job, ranks2, tmp_path):

@@ -60,7 +60,7 @@ def test_the_run_folder_has_everything(place):
         "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "predictions", "result.json", "environment.json", "logs", ".lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if "loss" in row and "split" not in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     needed = {
         "loss",
@@ -77,7 +77,7 @@ def test_the_run_folder_has_everything(place):
     assert sorted(p.name for p in (run / "logs").iterdir()) == ["rank0.json", "rank0.txt", "rank1.json", "rank1.txt"]
     assert json.loads((run / "logs" / "rank1.json").read_text())["phase"] == "done"
     assert sorted(p.name for p in (run / "predictions").iterdir()) == [f"valid-{n:06d}.jsonl" for n in (0, 2, 4)]
-    assert json.loads((run / "result.json").read_text())["valid"].keys() == {"perplexity", "bleu"}
+    assert json.loads((run / "result.json").read_text())["valid"].keys() == {"BLEU", "exact_match", "loss", "perplexity"}
 
 
 def test_tensorboard_has_the_scalars_and_samples(place):
@@ -86,7 +86,8 @@ def test_tensorboard_has_the_scalars_and_samples(place):
     tags = events.Tags()
     wanted = {
         "train/loss", "train/learning_rate", "train/grad_norm", "train/loss_scale", "speed/target_tokens_per_s",
-        "speed/examples_per_s", "speed/padding_share", "memory/peak_bytes", "valid/bleu", "valid/perplexity",
+        "speed/examples_per_s", "speed/padding_share", "memory/peak_bytes", "valid/BLEU", "valid/exact_match", "valid/loss",
+        "valid/perplexity",
     }  # fmt: skip
     assert wanted <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
@@ -98,8 +99,9 @@ def test_evaluate_prints_one_object_and_writes_predictions(place):
     done = zlora("evaluate", "runs/job", "--json", "--ranks", "2", cwd=place)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert set(answer) == {"schema_version", "run", "split", "step", "prompts", "too_long", "metrics", "predictions"}
-    assert (answer["split"], answer["step"], answer["metrics"].keys()) == ("test", 4, {"perplexity", "bleu"})
+    assert set(answer) == {"schema_version", "run", "split", "delta", "step", "prompts", "too_long", "metrics", "notes", "predictions"}
+    assert (answer["split"], answer["delta"], answer["step"]) == ("test", "last", 4)
+    assert answer["metrics"].keys() == {"BLEU", "exact_match", "loss", "perplexity"}
     rows = [json.loads(line) for line in (place / answer["predictions"]).read_text().splitlines()]
     assert len(rows) == answer["prompts"]
     assert set(rows[0]) == {"prompt", "prediction", "references"}
@@ -149,7 +151,7 @@ def test_a_killed_rank_ends_the_others_within_seconds(place):
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     metrics = place / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+    while not (metrics.exists() and '"grad_norm"' in metrics.read_text()):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
@@ -176,7 +178,7 @@ def test_torchrun_starts_the_ranks_too(place):
     )
     assert done.returncode == 0, done.stderr
     ours, theirs = (
-        [json.loads(line)["loss"] for line in (place / run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        [json.loads(line)["loss"] for line in (place / run / "metrics.jsonl").read_text().splitlines() if '"grad_norm"' in line]
         for run in ("runs/job", "torchrun")
     )
     assert ours == theirs

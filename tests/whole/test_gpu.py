@@ -26,7 +26,7 @@ def losses(folder: Path, run: str, *arguments: str, gpus: bool = True) -> list[f
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     rows = (folder / run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row)["loss"] for row in rows if '"loss"' in row]
+    return [json.loads(row)["loss"] for row in rows if '"loss"' in row and '"split"' not in row]
 
 
 @pytest.fixture(scope="module", params=["gpt2_base", "llama_base"])

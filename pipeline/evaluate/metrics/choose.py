@@ -9,19 +9,17 @@ import re
 from typing import Literal
 
 from pipeline.job.errors import JobError
-
-KINDS = ("e2e", "webnlg", "dart", "samsum", "wikisql", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
-_SCRIPTS = {"e2e": ("mteval", "pymteval"), "webnlg": ("generation_eval", "challenge"), "dart": ("generation_eval", "challenge")}
+from pipeline.job.labels import glue_labels
+from pipeline.job.metrics import METRICS, unknown_script
 
 
 def refuse_unknown(kind: str, script: str | None) -> None:
     """Raises:
     JobError: there is no such task, or it has no such script. Before any file is read."""
-    if kind not in KINDS:
-        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(KINDS)}.')
-    known = _SCRIPTS.get(kind, ())
-    if script is not None and script not in known:
-        raise JobError(f'--script "{script}": {kind} has {" or ".join(known) or "one script only"}. Correct or leave it out.')
+    if kind not in METRICS:
+        raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(METRICS)}.')
+    if problem := unknown_script(kind, script):
+        raise JobError(f"--script {problem}")
 
 
 def metrics_of(
@@ -30,8 +28,8 @@ def metrics_of(
     """Scores predictions; the second answer are notes for the person.
 
     Args:
-        kind: one of KINDS.
-        references: at least one, not empty, for each prediction. WikiSQL and GLUE have exactly one.
+        kind: one of METRICS, which has the names of the answer too.
+        references: at least one, not empty, for each prediction. GLUE has exactly one.
         script: whose way to count. E2E: `mteval` (default) or `pymteval`, the official script's Perl and its Python mode. WebNLG and
             DART: `generation_eval` (default), as the LoRA paper did, or `challenge`, as the challenge of 2017 did. Others have one.
 
@@ -52,9 +50,23 @@ def metrics_of(
 
             return rouge(predictions, references), []
         case "wikisql", None:
-            return _wikisql(predictions, _only(references)), []
+            return _wikisql(predictions, references), []
+        case "texts", None:
+            from pipeline.evaluate.metrics.own import bleu, exact_match
+
+            return {"BLEU": bleu(predictions, references), "exact_match": exact_match(predictions, references)}, []
         case "stsb", None:
-            return _stsb(predictions, _only(references)), []
+            return _correlations(predictions, _only(references)), []
+        case "regression", None:
+            from pipeline.evaluate.metrics.glue import rmse
+
+            error = rmse(_numbers(predictions, "predictions"), _numbers(_only(references), "references"))
+            return {**_correlations(predictions, _only(references)), "rmse": error}, []
+        case "classification", None:
+            from pipeline.evaluate.metrics.glue import accuracy, macro_f1, matthews
+
+            both = (predictions, _only(references))
+            return {"accuracy": accuracy(*both), "f1": macro_f1(*both), "matthews": matthews(*both)}, []
         case (("cola" | "sst2" | "mrpc" | "qqp" | "mnli" | "qnli" | "rte"), None):
             return _labels(kind, predictions, _only(references)), []
     refuse_unknown(kind, script)
@@ -124,11 +136,13 @@ def padded(references: list[list[str]]) -> list[list[str]]:
     return [group + [""] * (most - len(group)) for group in references]
 
 
-def _wikisql(predictions: list[str], references: list[str]) -> dict[str, float]:
+def _wikisql(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """A question with several references was asked so often in the official file, and counts so often."""
     from pipeline.evaluate.metrics.wikisql import logical_form
 
+    pairs = [(text, other) for text, group in zip(predictions, references, strict=True) for other in group]
     try:
-        return {"lf_accuracy": logical_form(predictions, references)}
+        return {"lf_accuracy": logical_form([text for text, _ in pairs], [other for _, other in pairs])}
     except ValueError as error:
         raise JobError(f"references: number {error.args[0] + 1} is neither WikiSQL's JSON nor its SQL. Mend it.") from None
 
@@ -136,7 +150,7 @@ def _wikisql(predictions: list[str], references: list[str]) -> dict[str, float]:
 def _labels(kind: str, predictions: list[str], labels: list[str]) -> dict[str, float]:
     from pipeline.evaluate.metrics.glue import accuracy, f1, matthews
 
-    predictions, labels = [text.strip() for text in predictions], [text.strip() for text in labels]
+    predictions, labels = _places(kind, predictions), _places(kind, labels)
     match kind:
         case "cola":
             return {"matthews": matthews(predictions, labels), "accuracy": accuracy(predictions, labels)}
@@ -146,7 +160,13 @@ def _labels(kind: str, predictions: list[str], labels: list[str]) -> dict[str, f
             return {"accuracy": accuracy(predictions, labels)}
 
 
-def _stsb(predictions: list[str], scores: list[str]) -> dict[str, float]:
+def _places(kind: str, texts: list[str]) -> list[str]:
+    """Labels by their places, as the official files have most of them; names are read too."""
+    names = glue_labels(kind) or ()
+    return [str(names.index(text)) if (text := found.strip()) in names else text for found in texts]
+
+
+def _correlations(predictions: list[str], scores: list[str]) -> dict[str, float]:
     from pipeline.evaluate.metrics.glue import pearson, spearman
 
     ours, theirs = _numbers(predictions, "predictions"), _numbers(scores, "references")
@@ -157,7 +177,7 @@ def _numbers(texts: list[str], place: str) -> list[float]:
     numbers = []
     for count, text in enumerate(texts, 1):
         if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text):
-            raise JobError(f'{place}: number {count} is "{text[:80]}", not a number. STS-B has scores from 0 to 5.')
+            raise JobError(f'{place}: number {count} is "{text[:80]}", not a number. Mend it.')
         numbers.append(float(text))
     return numbers
 

@@ -1,4 +1,4 @@
-"""GLUE's metrics (Wang et al. 2019, table 1).
+"""GLUE's metrics (Wang et al. 2019, table 1), and those of your own labels.
 
 In: labels or scores, predicted and true. Out: floats; accuracy and F1 from 0 to 1, correlations from -1 to 1.
 A correlation with a constant is not defined; it is 0, as Matthews' is in scikit-learn.
@@ -19,6 +19,17 @@ def f1(predictions: list[str], labels: list[str], positive: str) -> float:
     """F1 of one label; 0 where it is neither predicted nor true."""
     both = sum(a == b == positive for a, b in zip(predictions, labels, strict=True))
     return 2 * both / (predictions.count(positive) + labels.count(positive)) if both else 0.0
+
+
+def macro_f1(predictions: list[str], labels: list[str]) -> float:
+    """Mean of the F1 of every label that is predicted or true."""
+    seen = sorted({*predictions, *labels})
+    return sum(f1(predictions, labels, label) for label in seen) / len(seen)
+
+
+def rmse(predictions: list[float], scores: list[float]) -> float:
+    """Root of the mean squared error."""
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(predictions, scores, strict=True)) / len(scores))
 
 
 def matthews(predictions: list[str], labels: list[str]) -> float:

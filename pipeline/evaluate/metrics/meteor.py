@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pipeline.job.errors import JobError
 
 JAR_VARIABLE = "METEOR_JAR"
 _LIMIT_S = 1800
+_ENDS_WITH_US = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+"""Linux (1: PR_SET_PDEATHSIG, 9: SIGKILL): training that is stopped or killed meanwhile leaves no Java behind."""
 
 
 def meteor(predictions: list[str], references: list[list[str]]) -> float | str:
@@ -25,20 +28,33 @@ def meteor(predictions: list[str], references: list[list[str]]) -> float | str:
     Raises:
         JobError: METEOR_JAR names no file.
     """
-    if (java := shutil.which("java")) is None:
-        return "METEOR: left out: it needs Java 8 or later, and there is no `java` on the PATH. Install one, then score again."
-    if (jar := _jar()) is None:
-        return (
-            "METEOR: left out: its program is not here. Run: pip install 'zlora[meteor]' (104 MB), "
-            f"or set {JAR_VARIABLE} to the path of a meteor-1.5.jar with its data/ folder beside it."
-        )
+    if missing := meteor_missing():
+        return missing
+    java, jar = shutil.which("java"), _jar()
+    assert java is not None
+    assert jar is not None
     most = max(map(len, references))
     with tempfile.TemporaryDirectory(prefix="zlora-meteor-") as folder:
         found, wanted = Path(folder, "predictions"), Path(folder, "references")
         # The program reads the same number of references for all; an empty one scores 0 and the best counts.
         found.write_text("".join(_line(text) for text in predictions), encoding="utf-8")
         wanted.write_text("".join(_line(text) for group in references for text in group + [""] * (most - len(group))), encoding="utf-8")
-        command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar), str(found), str(wanted), "-l", "en", "-norm", "-r", str(most)]
+        alone = [sys.executable, "-IS", "-c", _ENDS_WITH_US] if sys.platform == "linux" else []
+        command = [
+            *alone,
+            java,
+            "-Xmx2G",
+            "-Dfile.encoding=UTF-8",
+            "-jar",
+            str(jar),
+            str(found),
+            str(wanted),
+            "-l",
+            "en",
+            "-norm",
+            "-r",
+            str(most),
+        ]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_LIMIT_S, check=False
@@ -53,6 +69,22 @@ def meteor(predictions: list[str], references: list[list[str]]) -> float | str:
         f"METEOR: left out: `java -jar {jar}` ended with code {done.returncode} and said: {said[0][:200]}. "
         "It needs Java 8 or later and 2 GB of memory."
     )
+
+
+def meteor_missing() -> str | None:
+    """What METEOR lacks here, as `meteor` says it; None where it lacks nothing.
+
+    Raises:
+        JobError: METEOR_JAR names no file.
+    """
+    if shutil.which("java") is None:
+        return "METEOR: left out: it needs Java 8 or later, and there is no `java` on the PATH. Install one, then score again."
+    if _jar() is None:
+        return (
+            "METEOR: left out: its program is not here. Run: pip install 'zlora[meteor]' (104 MB), "
+            f"or set {JAR_VARIABLE} to the path of a meteor-1.5.jar with its data/ folder beside it."
+        )
+    return None
 
 
 def _jar() -> Path | None:
