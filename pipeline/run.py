@@ -129,11 +129,11 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
     if not data:
         raise JobError(f"--split {split}: the job has no {split} split. Name its file in [task], or choose another.", everywhere=True)
     scores = session.score(data)
-    name = f"{split}-best" if which == "best" else split
-    files = write_predictions(run / "predictions", name, scores) if ranks.first else []
+    file = run / "predictions" / (f"{split}-best.jsonl" if which == "best" else f"{split}.jsonl")
+    written = write_predictions(file, scores) if ranks.first else None
     show_scores(screen, f"{split} by the {which} delta of {run}, after {manifest.step} steps", scores, set())
-    for file in files:
-        screen.print(f"predictions  {file}")
+    if written:
+        screen.print(f"predictions  {written}")
     return {
         "schema_version": 1,
         "run": str(run),
@@ -144,5 +144,5 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
         "too_long": sum(part.too_long for part in scores.parts),
         "metrics": scores.metrics,
         "notes": [note for part in scores.parts for note in part.notes],
-        "predictions": [str(file) for file in files],
+        "predictions": str(written) if written else None,
     }

@@ -86,7 +86,7 @@ class Session:
 
     def _store(self, task: SingleTask, limit: int) -> Store:
         """The training split's tokens: from the cache, or made by one rank of each machine."""
-        encoder = self._encoder(task, limit)
+        encoder = self.encoder(task, limit)
 
         def fetch() -> Store:
             label = f"tokenising {named_split(task, 'train')}"
@@ -101,7 +101,7 @@ class Session:
         self.ranks.watch.at("tokenising", patient=True)
         return one_rank_first(self.ranks, fetch)
 
-    def _encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
+    def encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
         separator = separator_text(task, self.tokens.end_text)
         block = block_tokens if isinstance(task, PlainText) else 0
         return Encoder(self.tokens, separator, block, self.vocabulary, isinstance(task, Conversations))
@@ -112,7 +112,7 @@ class Session:
         return tuple(self._evaluation(task, split, mixed) for task in sources_of(self.job.task) if has_split(task, split))
 
     def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
-        examples, encoder = read_examples(task, split), self._encoder(task, self.context)
+        examples, encoder = read_examples(task, split), self.encoder(task, self.context)
         pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
         if pairs:
             wanted = {prompt.text for prompt in grouped(pairs)[:most]}

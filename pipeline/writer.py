@@ -102,7 +102,7 @@ class Writer:
         """Writes scores, samples and predictions down."""
         if self._board:
             self._board.evaluation(step, scores.split, scores.metrics, markdown(scores))
-            write_predictions(self._run / "predictions", f"{scores.split}-{step:06d}", scores)
+            write_predictions(self._run / "predictions" / f"{scores.split}-{step:06d}.jsonl", scores)
         # A bad step changed nothing, and the state that may be saved now is of the one before it.
         if not self._bad:
             self._take(step, dict(scores.metrics))

@@ -130,7 +130,7 @@ BAD_JOBS = {
     "an unknown key": (f"{SHORT}[train]\nstepz = 1\n", [], ["job.toml: train.stepz: ", 'mean "steps"']),
     "a wrong type": (f'{SHORT}[train]\nsteps = "1"\n', [], ['job.toml: train.steps = "1": ', "integer"]),
     "a missing section": (SHORT.partition("[task]")[0], [], ["job.toml: task: missing. Add it."]),
-    "a misspelt kind": (SHORT.replace('"jsonl"', '"json"'), [], ['task.kind = "json"', "'e2e', 'jsonl'"]),
+    "a misspelt kind": (SHORT.replace('"jsonl"', '"json"'), [], ['task.kind = "json"', "'jsonl', 'csv', 'parquet'"]),
     "no TOML": ("[base]\nmodel = gpt2\n", [], ["job.toml: not valid TOML", "line 2"]),
     "no such data": (SHORT.replace("train.jsonl", "gone.jsonl"), [], ['task.data = "gone.jsonl"', "Correct the path"]),
     "no such base": (SHORT.replace('"base"', '"./gone"'), [], ['base.model = "./gone"', "Correct the path"]),

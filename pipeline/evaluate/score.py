@@ -158,16 +158,14 @@ def _part(data: EvaluationSet, loss: float, predictions: list[Prediction], scrip
     return Part(data.title, data.kind, metrics, tuple(notes), predictions, targets, data.too_long)
 
 
-def write_predictions(folder: Path, name: str, scores: Scores) -> list[Path]:
-    """One JSON object a prompt, one file a task, named after the task in a mix."""
-    files = []
-    for part in scores.parts:
-        file = folder / "-".join(filter(None, (part.title, f"{name}.jsonl")))
-        lines = [
-            json.dumps({"prompt": p.prompt, "prediction": p.prediction, "references": p.references}, ensure_ascii=False)
-            for p in part.predictions
-        ]
-        if lines:
-            write_text(file, "\n".join(lines) + "\n")
-            files.append(file)
-    return files
+def write_predictions(file: Path, scores: Scores) -> Path | None:
+    """One JSON object a prompt, with the task's title in a mix. No file where nothing is predicted."""
+    rows = [
+        {**({"task": part.title} if part.title else {}), "prompt": p.prompt, "prediction": p.prediction, "references": p.references}
+        for part in scores.parts
+        for p in part.predictions
+    ]
+    if not rows:
+        return None
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return file

@@ -33,7 +33,9 @@ def generate_on_ranks(ranks, job: str, prompts: list[str], settings: dict) -> li
     gathering = choose(session.root, evaluate, ranks)
     ends = (session.tokens.end_id, *evaluate.eos_tokens)
     with gathering.held(session.root):
-        ids = generate(session.root, session.tokens.prompts(prompts), ranks, evaluate, ends, CONTEXT, gathering.each_pass)
+        ids = generate(
+            session.root, session.encoder(session.job.task, 0).prompts(prompts), ranks, evaluate, ends, CONTEXT, gathering.each_pass
+        )
     session.engine.release()
     return ids
 
@@ -213,14 +215,15 @@ def score_on_ranks(ranks, job: str, overrides: tuple[str, ...]) -> dict:
     from pipeline.session import open_session
 
     session = open_session(read_job(Path(job), overrides), ranks, Screen(io.StringIO(), shown=False))
-    data = session.evaluation("train")
-    scores = session.score(data)
+    (data,) = session.evaluation("train")
+    scores = session.score((data,))
+    (part,) = scores.parts
     return {
         "metrics": scores.metrics,
-        "references": [p.references for p in scores.predictions],
+        "references": [p.references for p in part.predictions],
         "prompt_tokens": data.prompt_tokens,
         "sequences": len(data.sequences),
-        "too_long": scores.too_long,
+        "too_long": part.too_long,
     }
 
 

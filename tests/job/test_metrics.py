@@ -46,12 +46,16 @@ def test_patience_needs_a_metric_and_scorings(tmp_path):
 
 
 def test_less_is_better_of_losses_and_errors_only():
-    lower = {metric for metric in ("BLEU", "TER", "loss", "perplexity", "ROUGE_L", "exact_match", "matthews") if better(metric, 0.1, 0.2)}
-    assert lower == {"TER", "loss", "perplexity"}
+    lower = {
+        metric
+        for metric in ("BLEU", "TER", "loss", "perplexity", "ROUGE_L", "exact_match", "matthews", "rmse", "films/TER")
+        if better(metric, 0.1, 0.2)
+    }
+    assert lower == {"TER", "loss", "perplexity", "rmse", "films/TER"}
     assert not any(better(metric, 0.2, 0.2) for metric in ("BLEU", "TER"))
 
 
 def test_digits_follow_the_scale():
     assert [shown("e2e", name, 0.682051) for name in ("BLEU", "CIDEr")] == ["0.6821", "0.6821"]
     assert [shown("webnlg", name, 46.712) for name in ("BLEU", "TER")] == ["46.71", "46.7120"]
-    assert (shown("jsonl", "perplexity", 3.14159), shown("jsonl", "loss", None)) == ("3.14", "not finite")
+    assert (shown("texts", "perplexity", 3.14159), shown("texts", "loss", None)) == ("3.14", "not finite")
