@@ -60,8 +60,8 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     show_start(screen, run, job, session, course, data, start.notes)
     if not held_out:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
-    progress, told = start.progress, set[str]()
-    good = progress
+    progress = good = start.progress
+    told: set[str] = set()
     # From here on somebody looks for requests to stop, and there may be something half-written.
     ranks.stop.can_wait = True
     with Writer(session, run, course, data.files, stepper, start, best) as writer, screen.training(course.steps, progress.step) as bar:

@@ -53,7 +53,7 @@ class Writer:
         self._state_step = start.record.progress.step if start.record else None
         self._delta_step = self._state_step if start.delta_written else None
         self._best, self._best_step = best, -1
-        self._checked = self._bad = False
+        self._checked, self._bad = False, start.progress.bad_steps > 0
         self._saver = Saver()
         self._board: Board | None = None
         if session.ranks.first:
@@ -217,6 +217,7 @@ class Writer:
         digests = self._session.digests
         if best.step is None or best.step == self._best_step or digests is None or not digests.done():
             return
+        self._check_base(0.0)
         self._store(self._run / "best", best.step, weights, digests.result(), {SCORE: {"schema_version": 1, **_score(best)}})
         self._best_step = best.step
 

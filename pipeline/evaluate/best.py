@@ -1,4 +1,4 @@
-"""Which delta has scored best, and whether it is time to end: a pure function of the scores so far, the same on every rank.
+"""Which delta has scored best, and whether it is time to end: a function of the scores so far, so the same on every rank.
 
 What is decided is part of the state, the weights of the best delta included: a run that goes on decides as if it had never ended.
 """
