@@ -19,6 +19,7 @@ from pipeline.report import markdown
 from pipeline.resume import Start
 from pipeline.run_folder import clear, remove_halves
 from pipeline.session import Session
+from pipeline.tasks.open import separator_text
 from pipeline.train.board import Board
 from pipeline.train.engine import first_rank_alone
 from pipeline.train.environment import environment
@@ -162,7 +163,8 @@ class Writer:
         session, job = self._session, self._session.job
         values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
         method, digest, folder = job.methods[0], job_digest(job), self._run / "delta"
-        store(session.delta, values, folder, method, job.base.model, digests, session.base.tensors, digest, step)
+        separator = separator_text(job.task, session.tokens.end_text)
+        store(session.delta, values, folder, method, job.base.model, digests, session.base.tensors, digest, step, separator, job.base.dtype)
         self._delta_step = step
 
     def _check_base(self, patience_s: float) -> None:

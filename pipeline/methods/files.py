@@ -26,6 +26,8 @@ def store(
     tensors: dict[str, Entry],
     job_digest: str,
     step: int,
+    separator: str,
+    dtype: str,
 ) -> None:
     """Writes the delta.
 
@@ -33,6 +35,8 @@ def store(
         values: of the trained tensors, by name, in main memory: as they were at `step`, while training goes on.
         base_files: sha256 of each of the base's weight files.
         tensors: parameter name -> checkpoint entry, from loading the base.
+        separator: text between prompt and completion.
+        dtype: of the base, as the job has it.
     """
     pairs = {adapted.module: to_peft(adapted, values) for adapted in delta.adapted}
     stored: dict[str, torch.Tensor] = {}
@@ -57,6 +61,8 @@ def store(
         "step": step,
         "parameters": delta.parameters,
         "modules": modules,
+        "separator": separator,
+        "dtype": dtype,
     }
     write_delta(folder, stored, _peft_config(delta, pairs, method, base), manifest)
 

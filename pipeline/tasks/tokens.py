@@ -43,7 +43,8 @@ class Tokens:
         if self._tokenizer.eos_token_id is None:
             raise JobError(f"{folder}: the tokenizer has no end token. Set eos_token in tokenizer_config.json.")
         self.end_id: int = self._tokenizer.eos_token_id
-        self._separator = separator(self._tokenizer.eos_token)
+        self.end_text: str = self._tokenizer.eos_token
+        self._separator = separator(self.end_text)
         special = self._tokenizer("")["input_ids"]
         self._lead: list[int] = [i for i in special[:1] if i == self._tokenizer.bos_token_id and i != self.end_id]
 

@@ -51,6 +51,10 @@ class Manifest:
     modules: tuple[Module, ...]
     sha256: str
     """Of the tensor file."""
+    separator: str | None = None
+    """Text between prompt and completion in training. None: an older zlora wrote this."""
+    dtype: str | None = None
+    """Of the base in training; None as above."""
     schema_version: int = SCHEMA_VERSION
 
 
