@@ -168,7 +168,8 @@ def generate(
 ) -> None:
     """Continue prompts with a base and a delta; without --prompt and --prompt-file, those of a conversation or of standard input.
 
-    Answers are JSON lines of prompt and prediction; in a conversation, plain text as it is generated. Ctrl-D ends a conversation, Ctrl-C an answer.
+    Answers are JSON lines of prompt and prediction; in a conversation, plain text as it is generated.
+    Ctrl-D ends a conversation, Ctrl-C an answer.
 
     Example: zlora generate --base gpt2-medium --delta runs/local --prompt "name : Blue Spice | area : riverside" --beams 4
     """

@@ -20,9 +20,7 @@ LengthPenalty = Annotated[float, typer.Option(help="A beam's score is its log-pr
 EarlyStopping = Annotated[bool, typer.Option("--early-stopping", help="End a text's search as soon as `beams` texts are finished.")]
 NoRepeatNgram = Annotated[int, typer.Option(help="No run of so many tokens comes twice; 0: no rule.")]
 NgramScope = Annotated[Literal["all", "generated"], typer.Option(help="Where runs are looked for.")]
-EosTokens = Annotated[
-    list[int] | None, typer.Option(metavar="ID", help="Token ids that end a text, beside the tokenizer's end token.")
-]
+EosTokens = Annotated[list[int] | None, typer.Option(metavar="ID", help="Token ids that end a text, beside the tokenizer's end token.")]
 Temperature = Annotated[float, typer.Option(help="Draw tokens from the softmax of logits / temperature; 0: take the likeliest.")]
 TopK = Annotated[int, typer.Option(help="Draw from the likeliest so many; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest that have this share together.")]
@@ -44,7 +42,7 @@ def decoding_of(given: dict[str, Any]) -> Decoding:
 
     from pipeline.job.spec import Decoding
 
-    values = {name: given[name] if given[name] is not None else () for name in Decoding.model_fields}
+    values: dict[str, Any] = {name: given[name] if given[name] is not None else () for name in Decoding.model_fields}
     try:
         return Decoding(**values)
     except ValidationError as error:

@@ -108,7 +108,5 @@ def _unforeseen(error: Exception, run: Path | None, rank: int, watch: Watchdog, 
 
     if lost_peer(error):
         reason = (str(error).splitlines() or [repr(error)])[0]
-        return fail(
-            f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; {whole}", RANK_FAILED, True
-        )
+        return fail(f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; {whole}", RANK_FAILED, True)
     return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; {whole}", 1)

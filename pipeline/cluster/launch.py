@@ -115,9 +115,7 @@ def restarted() -> bool:
     return any(int(os.environ.get(name, "0") or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def launch(
-    arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] | None = None, talk: Conversation | None = None
-) -> int:
+def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] | None = None, talk: Conversation | None = None) -> int:
     """Runs `zlora ARGUMENTS` on several ranks of this machine and waits for them.
 
     Args:
@@ -144,9 +142,7 @@ def launch(
             environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
             stdin, stdout = (subprocess.PIPE, subprocess.PIPE) if talk and rank == 0 else (subprocess.DEVNULL, None)
-            children.append(
-                subprocess.Popen(command, env=environment, stdin=stdin, stdout=stdout, bufsize=0, start_new_session=True)
-            )
+            children.append(subprocess.Popen(command, env=environment, stdin=stdin, stdout=stdout, bufsize=0, start_new_session=True))
         if stop_signals is not None:
             _pass_on(stop_signals, children)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from pipeline.job.errors import JobError
@@ -43,7 +43,7 @@ def talk(first: subprocess.Popen[bytes], alive: Callable[[], bool]) -> None:
         assert first.stdin is not None
         with suppress(BrokenPipeError):
             first.stdin.write(line.removesuffix(b"\n") + b"\n")
-        with _interrupting(first) if terminal else suppress():
+        with _interrupting(first) if terminal else nullcontext():
             if not _show(messages, terminal):
                 return
     assert first.stdin is not None

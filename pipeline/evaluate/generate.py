@@ -83,9 +83,7 @@ def _batches(share: list[int], prompts: list[list[int]], decoding: Decoding) -> 
 
 
 @torch.no_grad()
-def _run(
-    root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool, seen: Callable[[list[list[int]]], None] | None
-) -> None:
+def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool, seen: Callable[[list[list[int]]], None] | None) -> None:
     prompts = [text.prompt for text in search.open]
     beams = len(search.open[0].rows) if search.open else 1
     longest = max(map(len, prompts), default=1)
