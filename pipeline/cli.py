@@ -64,6 +64,21 @@ def check(job: JobFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def fetch(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Download a job's base and data into the hub's cache, so that ranks need no network. Interrupted? The same again goes on.
+
+    Example: zlora fetch jobs/e2e/local.toml
+    """
+    from pipeline.fetch import fetch_job
+    from pipeline.job.read import read_job
+    from pipeline.screen import Screen
+
+    found = fetch_job(read_job(job, tuple(overrides or ())), Screen(sys.stderr if as_json else sys.stdout))
+    if as_json:
+        print(json.dumps(found))
+
+
+@app.command()
 def train(
     job: JobFile,
     run: RunFolder = None,

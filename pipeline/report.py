@@ -15,7 +15,7 @@ from pipeline.methods.attach import Delta
 from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import shard_bytes
-from pipeline.screen import Screen
+from pipeline.screen import Screen, size_text
 from pipeline.train.engine import Ranks
 from pipeline.train.loop import Course
 
@@ -113,8 +113,3 @@ def markdown(scores: Scores) -> str:
     return "\n\n---\n\n".join(
         f"**prompt** {p.prompt}\n\n**generated** {p.prediction}\n\n**reference** {p.references[0]}" for p in scores.predictions[:_RECORDED]
     )
-
-
-def size_text(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

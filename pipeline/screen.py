@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -61,6 +61,14 @@ class Screen:
             for item in items:
                 yield item
                 bar.advance(task)
+            bar.remove_task(task)
+
+    @contextmanager
+    def bytes(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar that goes away when done; what is yielded is told how many bytes there are."""
+        with self._live(transient=True) as bar:
+            task = bar.add_task(label, total=total, note=size_text(total))
+            yield lambda done: bar.update(task, completed=min(done, total))
             bar.remove_task(task)
 
     @contextmanager
@@ -124,3 +132,8 @@ def take_terminal(logs: Path | None, rank: int) -> tuple[TextIO, TextIO]:
     os.dup2(log, 2)
     os.close(log)
     return out, error
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -19,7 +19,7 @@ from pipeline.tasks.json_rows import Row, as_object, field, json_array, texts
 from pipeline.tasks.triples import Entry, Text, checked_triple, complete, example, linearise, read_benchmark
 
 _STEM = {"train": "dart-v1.1.1-full-train", "valid": "dart-v1.1.1-full-dev", "test": "dart-v1.1.1-full-test"}
-_HUB = HubCopy("Yale-LILY/dart", "the official files dart-v1.1.1-full-train.json, -dev.json and -test.json")
+HUB = HubCopy("Yale-LILY/dart", "the official files dart-v1.1.1-full-train.json, -dev.json and -test.json")
 
 
 def read_dart(task: Dart, split: Split) -> list[Example]:
@@ -29,7 +29,7 @@ def read_dart(task: Dart, split: Split) -> list[Example]:
         JobError: the folder has no such file, or it is malformed.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: _examples(task, _hub_entry(row, where)))
+        return from_hub(HUB, split, lambda row, where: _examples(task, _hub_entry(row, where)))
     file = split_path(Path(task.data), (f"{_STEM[split]}.json", f"{_STEM[split]}.xml"), f"DART {split}")
     entries = read_benchmark(file) if file.suffix == ".xml" else _json_entries(file)
     return [e for entry in entries for e in _examples(task, entry)]

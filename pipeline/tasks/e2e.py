@@ -19,7 +19,7 @@ from pipeline.tasks.hub import HubCopy, from_hub
 
 _CSV = {"train": "trainset.csv", "valid": "devset.csv", "test": "testset_w_refs.csv"}
 _TEXT = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
-_HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
+HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
 _FIELD = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*")
 
 
@@ -30,7 +30,7 @@ def read_e2e(task: E2E, split: Split) -> list[Example]:
         JobError: the folder holds neither format, or a line is malformed.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: [_example([row["meaning_representation"], row["human_reference"]], where)])
+        return from_hub(HUB, split, lambda row, where: [_example([row["meaning_representation"], row["human_reference"]], where)])
     file = split_path(Path(task.data), (_CSV[split], _TEXT[split]), f"E2E {split}")
     return _from_csv(file) if file.suffix == ".csv" else _from_text(file)
 

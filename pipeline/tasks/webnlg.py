@@ -27,7 +27,7 @@ _NAMES = {
     "valid": ("dev", "dev.json"),
     "test": ("test/testdata_with_lex.xml", "test.json"),
 }
-_HUB = HubCopy(
+HUB = HubCopy(
     "webnlg-challenge/web_nlg", "the official XML folders train, dev and test", ("train", "dev", "test"), folder="webnlg_challenge_2017"
 )
 
@@ -39,7 +39,7 @@ def read_webnlg(task: WebNlg, split: Split) -> list[Example]:
         JobError: the folder holds neither form, a file is malformed, or the task's choice leaves none.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: [e for entry in _hub_entry(row, where) for e in _examples(task, split, entry)])
+        return from_hub(HUB, split, lambda row, where: [e for entry in _hub_entry(row, where) for e in _examples(task, split, entry)])
     place = split_path(Path(task.data), _NAMES[split], f"WebNLG {split}")
     entries = list(_entries(place))
     examples = [e for entry in entries for e in _examples(task, split, entry)]
