@@ -8,11 +8,13 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,17 +43,28 @@ def run(gpt2_base, ranks1, tmp_path_factory):
     return folder / "run"
 
 
-def answers_on_ranks(ranks, base: str, delta: str | None, separator: str | None, settings: dict) -> list[str]:
+def answers_on_ranks(ranks, base, delta=None, separator=None, prompts=PROMPTS, too_long="refuse", **settings) -> list[str] | str:
+    """The texts, or the words of a refusal."""
     from pipeline.generator import Source, open_generator
     from pipeline.job.files import memory_config
     from pipeline.screen import Screen
     from pipeline.tasks.prompts import read_prompts
 
-    source = Source(base, None, Path(delta) if delta else None, separator, None, memory_config("zero3.json"))
+    source = Source(str(base), None, delta, separator, None, memory_config("zero3.json"))
     decoding = Decoding(**{"max_new_tokens": ROOM, **settings})
-    generator = open_generator(source, decoding, "refuse", ranks, Screen(io.StringIO(), shown=False))
-    with generator.ready() as ready:
-        return ready.answers(read_prompts(PROMPTS, None))
+    try:
+        generator = open_generator(source, decoding, too_long, ranks, Screen(io.StringIO(), shown=False))
+        with generator.ready() as ready:
+            return ready.answers(read_prompts(prompts, None))
+    except JobError as error:
+        return str(error)
+
+
+def answers(pool, *arguments, **settings):
+    """The same on every rank."""
+    first, *others = pool.run(partial(answers_on_ranks, **settings), *arguments)
+    assert all(other == first for other in others)
+    return first
 
 
 def references(base: Path, delta: Path | None, separator: str, **settings) -> list[str]:
@@ -75,9 +88,8 @@ def test_texts_are_transformers_own_with_and_without_a_delta(gpt2_base, run, ran
     for pool in (ranks1, ranks2):
         # The run folder stands for its delta, which knows its separator.
         for delta, expected in ((None, plain), (run, adapted), (run / "delta", adapted)):
-            assert pool.run(answers_on_ranks, str(gpt2_base), delta and str(delta), None, settings) == [expected] * pool.count
-    overridden = ranks1.run(answers_on_ranks, str(gpt2_base), str(run), "", settings)[0]
-    assert overridden == references(gpt2_base, run / "delta", "", **wanted) != adapted
+            assert answers(pool, gpt2_base, delta, **settings) == expected
+    assert answers(ranks1, gpt2_base, run, "", **settings) == references(gpt2_base, run / "delta", "", **wanted) != adapted
 
 
 def generate(*arguments, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -113,37 +125,46 @@ def test_a_prompt_file_is_answered_line_by_line_and_nothing_is_left(gpt2_base, r
     assert {json.loads(line)["prediction"] for line in whole.stdout.splitlines()}.isdisjoint(expected[:3])
 
 
-def test_a_delta_of_another_base_or_of_an_older_zlora_is_refused(run, gpt2_base, tmp_path):
-    done = generate("--base", make_gpt2(tmp_path / "other", seed=5), "--delta", run, "--prompt", "a", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*delta: was trained on a base with digest .*\n", done.stderr.splitlines(keepends=True)[-1])
-    old = tmp_path / "old"
-    old.mkdir()
-    for file in (run / "delta").iterdir():
-        (old / file.name).write_bytes(file.read_bytes())
+def test_a_delta_of_another_base_or_of_an_older_zlora_is_refused(run, gpt2_base, ranks2, tmp_path):
+    assert "delta: was trained on a base with digest " in answers(ranks2, make_gpt2(tmp_path / "other", seed=5), run)
+    old = shutil.copytree(run / "delta", tmp_path / "old")
     fields = json.loads((old / "manifest.json").read_text())
-    del fields["separator"], fields["dtype"]
+    assert (fields.pop("separator"), fields.pop("dtype")) == (" ->", "fp32")
     (old / "manifest.json").write_text(json.dumps(fields))
-    done = generate("--base", gpt2_base, "--delta", "old", "--prompt", "a", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "old: an older zlora wrote it" in done.stderr
-    done = generate("--base", gpt2_base, "--delta", "old", "--prompt", "a", "--separator", " ->", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert "old: an older zlora wrote it" in answers(ranks2, gpt2_base, old)
+    assert answers(ranks2, gpt2_base, old, " ->") == answers(ranks2, gpt2_base, run)
+    assert "absent: no manifest.json here" in answers(ranks2, gpt2_base, tmp_path / "absent")
 
 
-def test_a_prompt_without_room_for_an_answer_is_named_or_cut(gpt2_base, tmp_path):
-    (tmp_path / "in.txt").write_text(f"a\n{'x' * 200}\n")
-    options = ("--base", gpt2_base, "--prompt-file", "in.txt", "--max-new-tokens", "3")
-    done = generate(*options, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "in.txt:2: 200 tokens" in done.stderr
-    done = generate(*options, "--too-long", "truncate", cwd=tmp_path)
-    assert (done.returncode, done.stdout.count("\n")) == (0, 2), done.stderr
+def test_a_prompt_without_room_for_an_answer_is_named_or_cut(gpt2_base, ranks2, tmp_path):
+    prompts = ["a", "y" * 20 + "x" * 120]
+    assert "--prompt 2: 140 tokens with the separator, " in answers(ranks2, gpt2_base, prompts=prompts)
+    # Room for the answer of 20 tokens is made.
+    cut = answers(ranks2, gpt2_base, prompts=prompts, too_long="truncate")
+    assert cut == answers(ranks2, gpt2_base, prompts=["a", "x" * 108])
+
+
+def test_a_refusal_is_one_line_and_touches_nothing(gpt2_base, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for arguments, part in (
+        (("--prompt", "a", "--out", "taken"), "taken: already there"),
+        (("--prompt", "a", "--prompt-file", "f"), "--prompt and --prompt-file f are both given"),
+        (("--prompt-file", "f"), "--prompt-file f: there is no such file"),
+        (("--json",), "--json: belongs to --prompt"),
+        (("--prompt", "a", "--beams", "0"), "--beams 0: input should be greater than 0"),
+        (("--prompt", "a", "--beams", "2", "--temperature", "1"), "beams and temperature are both given"),
+        (("--prompt", "a", "--memory", "f"), 'there is no file "f" in ds_configs/'),
+    ):
+        done = generate("--base", gpt2_base, *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+        assert part in done.stderr
     piped = generate("--base", gpt2_base, cwd=tmp_path, stdin="a\n\nb\n")
     assert (piped.returncode, piped.stdout.count("\n")) == (2, 1)
     assert piped.stderr.endswith(
-        'error: (standard input):2: an empty line. Remove it; an empty prompt is {"prompt": ""} in a .jsonl file.\n'
+        "error: (standard input):2: an empty line. Remove it; an empty prompt is {} in a .jsonl file.\n".format('{"prompt": ""}')
     )
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 BAD_FILES = {

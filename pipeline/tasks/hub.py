@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Split
 from pipeline.tasks.example import Example
 from pipeline.weights.hub import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CONVERTED = "refs/convert/parquet"
 """Where the main branch holds a loading script, which `datasets` no longer runs, the hub keeps its result on this one."""
@@ -63,16 +66,16 @@ def from_hub(copy: HubCopy, split: Split, examples: Callable[[dict[str, Any], st
     return found
 
 
-def load(name: str, revision: str | None, split: str, data_files: dict[str, str] | None = None) -> Iterable[dict[str, Any]]:
+def load(name: str, revision: str | None, split: str, data_files: dict[str, str] | None = None) -> Dataset:
     """The rows of a split. The files come through the hub's cache, so that they are found again without a network.
 
     (`load_dataset` with a hub id does not find again what `data_files` chose.)
     """
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
-    return load_dataset(
-        str(fetch(name, revision, "dataset", data_patterns(revision, data_files)).folder), split=split, data_files=data_files
-    )
+    disable_progress_bars()
+    folder = fetch(name, revision, "dataset", data_patterns(revision, data_files)).folder
+    return load_dataset(str(folder), split=split, data_files=data_files)
 
 
 def data_patterns(revision: str | None, data_files: dict[str, str] | None = None) -> tuple[str, ...]:

@@ -192,7 +192,7 @@ def _explained(name: str, revision: str | None, kind: Kind) -> Iterator[None]:
 def _out_of_reach(what: str, error: Exception) -> str:
     return (
         f"{what}: not, or not all of it, in the cache here, and the hub cannot be reached ({_reason(error)}). "
-        "Fetch it where there is a network with `zlora fetch JOB`, or name a folder."
+        "Fetch it where there is a network: zlora fetch JOB."
     )
 
 
