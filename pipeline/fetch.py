@@ -39,7 +39,7 @@ def _fetch_data(task: Task, screen: Screen) -> Fetched:
         return Fetched(str(places[0]), places[0], None, len(files), sum(file.stat().st_size for file in files), 0)
     chosen = [copy.chosen(split) for split in _SPLITS]
     patterns = tuple(dict.fromkeys(pattern for one in chosen for pattern in data_patterns(copy.revision, one.get("data_files"))))
-    found = fetch(copy.name, copy.revision, "dataset", patterns, lambda total, done: _bar(screen, "fetching the data", total, done))
+    found = fetch(copy.name, copy.revision, "dataset", patterns, bar=lambda total, done: _bar(screen, "fetching the data", total, done))
     # Made ready too: a rank's machine may have no right to write here.
     for one in screen.progress("preparing the data", chosen):
         load(copy.name, copy.revision, **one)

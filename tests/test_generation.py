@@ -252,7 +252,9 @@ def test_a_conversation_on_a_terminal(gpt2_base, run, ranks, tmp_path):
     talk.type("y" * 150 + "\n")
     assert "(standard input):3: 15" in talk.until("\n> ")
     # A line that is given up; then the one before is brought back by arrow up.
-    talk.type("Fren\x03")
+    talk.type("Fren")
+    talk.until("Fren")
+    talk.type("\x03")
     talk.until("\n> ")
     talk.type("pub\n")
     assert plain(expected[2]).rstrip() in talk.until("\n> ")

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ _BESIDE = (
     *("config.json", "generation_config.json", INDEX_NAME, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "tekken.json", "chat_template*", "additional_chat_templates/*"),
 )
+_ANSWER_S = 10.0
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".safetensors")
 
 
@@ -45,7 +46,7 @@ class Fetched:
 
 
 def local_base(model: str, revision: str | None) -> Path:
-    """The folder of a base; fetches it where it is a hub id that is not cached yet.
+    """The folder of a base; fetches it where it is a hub id that is not cached yet. What is cached stays as it is until `zlora fetch`.
 
     Raises:
         JobError: no such folder, and the hub does not give it.
@@ -64,9 +65,10 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
         return Fetched(model, Path(model), None, len(files), sum(file.stat().st_size for file in files), 0)
     if Path(model).is_absolute() or model.startswith("."):
         raise JobError(f'base "{model}": no such folder. Correct the path.')
-    beside = fetch(model, revision, "model", _BESIDE, bar)
+    beside = fetch(model, revision, "model", _BESIDE, ("config.json",), bar)
     # By its commit: a branch may move between the two.
-    weights = fetch(model, beside.commit, "model", _weight_names(beside.folder), bar)
+    names = _weight_names(beside.folder)
+    weights = fetch(model, beside.commit, "model", names, names, bar)
     if not weights.files:
         raise JobError(_without_safetensors(model, beside.commit))
     return Fetched(
@@ -79,17 +81,20 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
     )
 
 
-def fetch(name: str, revision: str | None, kind: Kind, patterns: tuple[str, ...], bar: Bar | None = None) -> Fetched:
-    """The files of a repository that match, from the cache where they are there.
+def fetch(
+    name: str, revision: str | None, kind: Kind, patterns: tuple[str, ...], needed: tuple[str, ...] = (), bar: Bar | None = None
+) -> Fetched:
+    """The files of a repository that match. What the cache has whole is taken from there, and nobody is asked.
 
     Args:
-        bar: shows progress, of one byte and more; asks the hub for sizes first.
+        needed: files without which the cache's copy does not count.
+        bar: shows progress; with it the hub is asked whether there is something newer, and for sizes.
 
     Raises:
         JobError: the hub does not give them; the disk has no room for them.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import DryRunError
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -97,20 +102,41 @@ def fetch(name: str, revision: str | None, kind: Kind, patterns: tuple[str, ...]
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     cache = Path(constants.HF_HUB_CACHE)
-    repository = cache / repo_folder_name(repo_id=name, repo_type=kind)
+    blobs = cache / repo_folder_name(repo_id=name, repo_type=kind) / "blobs"
     asked: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision, "allow_patterns": list(patterns)}
     with _explained(name, revision, kind):
+        folder = None if bar else _cached(asked, needed)
         new_bytes = 0
-        if bar:
-            # Where the hub is out of reach, what follows finds all of it in the cache, or says so.
-            with suppress(DryRunError):
+        try:
+            if folder is None:
+                # `snapshot_download` asks the same, and would wait for ever where a firewall swallows the question.
+                HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_ANSWER_S)
+        except HfHubHTTPError:
+            raise
+        except Exception:  # out of reach: of the HTTP library, whichever huggingface_hub has
+            if (folder := _cached(asked, needed)) is None:
+                raise
+        if folder is None:
+            if bar:
                 new_bytes = sum(file.file_size or 0 for file in snapshot_download(**asked, dry_run=True) if file.will_download)
-        _refuse_full(cache, name, kind, new_bytes)
-        before = _size(repository / "blobs")
-        with bar(new_bytes, lambda: _size(repository / "blobs") - before) if bar and new_bytes else nullcontext():
-            folder = Path(snapshot_download(**asked))
+            _refuse_full(cache, name, kind, new_bytes)
+            before = _size(blobs)
+            with bar(new_bytes, lambda: _size(blobs) - before) if bar and new_bytes else nullcontext():
+                folder = Path(snapshot_download(**asked))
     files = {path for pattern in patterns for path in folder.glob(f"**/{pattern}" if kind == "dataset" else pattern) if path.is_file()}
     return Fetched(name, folder, folder.name, len(files), sum(file.stat().st_size for file in files), new_bytes)
+
+
+def _cached(asked: dict[str, Any], needed: tuple[str, ...]) -> Path | None:
+    """The cache's copy, if it is whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(**asked, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if all((folder / file).is_file() for file in needed) else None
 
 
 def _weight_names(folder: Path) -> tuple[str, ...]:
