@@ -105,7 +105,8 @@ def fetch(
     blobs = cache / repo_folder_name(repo_id=name, repo_type=kind) / "blobs"
     asked: dict[str, Any] = {"repo_id": name, "repo_type": kind, "revision": revision, "allow_patterns": list(patterns)}
     with _explained(name, revision, kind):
-        folder = None if bar else _cached(asked, needed)
+        # A commit never changes; a branch may have moved.
+        folder = _cached(asked, needed) if bar is None or re.fullmatch("[0-9a-f]{40}", revision or "") else None
         new_bytes = 0
         try:
             if folder is None:
