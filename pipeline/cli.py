@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline import options
 from pipeline.job.errors import JobError, of_system
 
 if TYPE_CHECKING:
@@ -60,6 +61,21 @@ def check(job: JobFile, overrides: Overrides = None) -> None:
     from pipeline.job.read import job_toml, read_job
 
     print(job_toml(read_job(job, tuple(overrides or ()))), end="")
+
+
+@app.command()
+def fetch(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Download a job's base and data into the hub's cache, so that ranks need no network. Interrupted? The same again goes on.
+
+    Example: zlora fetch jobs/e2e/local.toml
+    """
+    from pipeline.fetch import fetch_job
+    from pipeline.job.read import read_job
+    from pipeline.screen import Screen
+
+    found = fetch_job(read_job(job, tuple(overrides or ())), Screen(sys.stderr if as_json else sys.stdout))
+    if as_json:
+        print(json.dumps(found))
 
 
 @app.command()
@@ -130,6 +146,82 @@ def evaluate(
         return evaluate_here(asked, run, split, which, joined, screen)
 
     as_rank(run, body, as_json)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    base: Annotated[str, typer.Option("--base", metavar="BASE", help="Folder or hub id of the base.")],
+    delta: Annotated[Path | None, typer.Option("--delta", metavar="DIR", help="A delta folder, or the run folder that holds it.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help='One a line; .jsonl: {"prompt": ...} a line, other keys are kept.')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="JSON lines go there; a file that is there is never replaced.")
+    ] = None,
+    as_json: AsJson = False,
+    separator: Annotated[
+        str | None, typer.Option("--separator", metavar="TEXT", help="After each prompt; the delta's own, or none, when absent.")
+    ] = None,
+    too_long: Annotated[
+        Literal["refuse", "truncate"], typer.Option(help="A prompt that leaves no room for an answer: refused, or cut on its left.")
+    ] = "refuse",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Absent: as the delta was trained, else as the base is stored.")
+    ] = None,
+    memory: Annotated[str, typer.Option(metavar="FILE", help="A file of ds_configs/, or a path.")] = "zero3.json",
+    ranks: RankCount = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    beams: options.Beams = 1,
+    length_penalty: options.LengthPenalty = 1.0,
+    early_stopping: options.EarlyStopping = False,
+    no_repeat_ngram: options.NoRepeatNgram = 0,
+    ngram_scope: options.NgramScope = "all",
+    eos_tokens: options.EosTokens = None,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 1,
+    batch_tokens: options.BatchTokens = 16384,
+    gather: options.Gather = "auto",
+) -> None:
+    """Continue prompts with a base and a delta; without --prompt and --prompt-file, those of a conversation or of standard input.
+
+    Answers are JSON lines of prompt and prediction; in a conversation, plain text as it is generated.
+    Ctrl-D ends a conversation, Ctrl-C an answer.
+
+    Example: zlora generate --base gpt2-medium --delta runs/local --prompt "name : Blue Spice | area : riverside" --beams 4
+    """
+    from pipeline.cluster.launch import inside_ranks, launch
+    from pipeline.cluster.talk import talk
+    from pipeline.job.files import memory_config
+    from pipeline.tasks.prompts import read_prompts
+
+    decoding = options.decoding_of(context.params)
+    file = memory_config(memory)
+    asked = read_prompts(prompt or [], prompt_file)
+    if not asked and (out or as_json):
+        raise JobError(f"{'--out' if out else '--json'}: belongs to --prompt or --prompt-file. Give one of them.")
+    if not inside_ranks():
+        if out and out.exists():
+            raise JobError(f"{out}: already there. Choose another name for --out, or remove it first.")
+        sys.exit(launch(sys.argv[1:], ranks, talk=None if asked else talk))
+    from pipeline.rank import as_rank
+
+    def body(joined: Ranks, screen: Screen) -> None:
+        from pipeline.generation import answer_all, converse
+        from pipeline.generator import Source, open_generator
+
+        source = Source(base, revision, delta, separator, dtype, file)
+        generator = open_generator(source, decoding, too_long, joined, screen)
+        if asked:
+            answer_all(generator, asked, out, as_json)
+        else:
+            converse(generator)
+
+    as_rank(None, body, as_json=True)
 
 
 @app.command()

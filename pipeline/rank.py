@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -28,13 +27,13 @@ _LEASE_S = 120.0
 
 
 def as_rank(
-    run: Path, body: Callable[[Ranks, Screen], dict[str, Any] | None], as_json: bool = False, training: Train | None = None
+    run: Path | None, body: Callable[[Ranks, Screen], dict[str, Any] | None], as_json: bool = False, training: Train | None = None
 ) -> NoReturn:
     """Runs `body` as one rank of many and ends the process.
 
     Args:
-        run: the run folder, for the logs.
-        as_json: the body's answer is printed as one JSON object on standard output, all else on standard error.
+        run: the run folder, for the logs; None: nothing is written.
+        as_json: the body's answer, if it has one, is printed as one JSON object on standard output, all else on standard error.
         training: the body trains: the run folder is held, signals are requests to stop, the watchdog watches.
     """
     die_with_parent()
@@ -59,23 +58,23 @@ def as_rank(
 
     try:
         # First of all, and for the life of the process: nobody else's files are touched without it.
-        hold = Hold(run, _LEASE_S) if training and rank == 0 else None
-        out, terminal = take_terminal(run / LOGS, rank)
+        hold = Hold(run, _LEASE_S) if training and run and rank == 0 else None
+        out, terminal = take_terminal(run / LOGS if run else None, rank)
         # Only now: libraries print while they are imported.
         from pipeline.train.engine import join_ranks, leave_ranks
 
         watch.at("waiting for the other ranks")
-        if training:
+        if training and run:
             watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
         ranks = join_ranks(training.timeout_s if training else _PATIENCE_S, stop, watch)
         if ranks.first:
             report_start()
-        screen = Screen(terminal if as_json else out, shown=ranks.first)
+        screen = Screen(terminal if as_json else out, shown=ranks.first, out=out)
         if hold and not hold.shared:
             screen.print(f"{run}: this file system knows no locks, so nothing keeps a second training away from this folder.")
         answer = body(ranks, screen)
-        if as_json and ranks.first:
-            print(json.dumps(answer), file=out)
+        if as_json and answer is not None:
+            screen.say(answer)
         watch.at("done")
         leave_ranks()
     except JobError as error:
@@ -99,17 +98,15 @@ def as_rank(
     os._exit(code)
 
 
-def _unforeseen(error: Exception, run: Path, rank: int, watch: Watchdog, fail: Callable[..., int]) -> int:
+def _unforeseen(error: Exception, run: Path | None, rank: int, watch: Watchdog, fail: Callable[..., int]) -> int:
     """What the system refuses, a lost peer, or our bug: the person gets it in a line or two, the log has it whole."""
     if isinstance(error, OSError) and (text := of_system(error)):
         return fail(f"error: {text}", JOB_ERROR)
     traceback.print_exc()
-    log = run / LOGS / f"rank{rank}.txt"
+    whole = f"more is in {run / LOGS / f'rank{rank}.txt'}" if run else traceback.format_exc()
     from pipeline.train.engine import lost_peer
 
     if lost_peer(error):
         reason = (str(error).splitlines() or [repr(error)])[0]
-        return fail(
-            f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; more is in {log}", RANK_FAILED, True
-        )
-    return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; the whole story is in {log}", 1)
+        return fail(f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; {whole}", RANK_FAILED, True)
+    return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; {whole}", 1)

@@ -13,7 +13,7 @@ from pipeline.evaluate.score import Scores
 from pipeline.job.metrics import shown
 from pipeline.job.spec import Job
 from pipeline.model.zero3 import shard_bytes
-from pipeline.screen import Screen
+from pipeline.screen import Screen, size_text
 from pipeline.session import Session, TrainingSet
 from pipeline.train.loop import Course
 
@@ -130,8 +130,3 @@ def markdown(scores: Scores) -> str:
     return "\n\n---\n\n".join(
         f"**prompt** {p.prompt}\n\n**predicted** {p.prediction}\n\n**reference** {''.join(p.references[:1]) or '(withheld)'}" for p in shown
     )
-
-
-def size_text(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -6,13 +6,14 @@ terminal for what is written through `Screen`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,15 +25,25 @@ _LINE_EVERY_S = 10.0
 
 
 class Screen:
-    """A console for people. On all ranks but the first it shows nothing."""
+    """A console for people. On all ranks but the first it shows nothing.
 
-    def __init__(self, stream: TextIO, shown: bool = True) -> None:
+    Args:
+        out: standard output, for what programs read.
+    """
+
+    def __init__(self, stream: TextIO, shown: bool = True, out: TextIO | None = None) -> None:
+        self._out = out if shown else None
         width = None if stream.isatty() else 120
         self._bars: Progress | None = None
         self._console = Console(file=stream, quiet=not shown, highlight=False, width=width, soft_wrap=not stream.isatty())
 
     def print(self, text: str = "") -> None:
         self._console.print(text, markup=False)
+
+    def say(self, value: dict[str, Any]) -> None:
+        """One JSON object, a line of standard output."""
+        if self._out:
+            print(json.dumps(value, ensure_ascii=False), file=self._out, flush=True)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns: what, and its value."""
@@ -59,6 +70,14 @@ class Screen:
             for place in places:
                 bar.update(task, completed=place)
                 yield place
+            bar.remove_task(task)
+
+    @contextmanager
+    def bytes(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar that goes away when done; what is yielded is told how many bytes there are."""
+        with self._live(transient=True) as bar:
+            task = bar.add_task(label, total=total, note=size_text(total))
+            yield lambda done: bar.update(task, completed=min(done, total))
             bar.remove_task(task)
 
     @contextmanager
@@ -110,14 +129,20 @@ class StepBar:
             self._said = now
 
 
-def take_terminal(logs: Path, rank: int) -> tuple[TextIO, TextIO]:
-    """Sends this process's standard output and error to `logs/rank<N>.txt`; returns the terminal's two."""
-    logs.mkdir(parents=True, exist_ok=True)
+def take_terminal(logs: Path | None, rank: int) -> tuple[TextIO, TextIO]:
+    """Sends this process's standard output and error to `logs/rank<N>.txt`, or nowhere; returns the terminal's two."""
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     out, error = (os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace", buffering=1) for fd in (1, 2))
-    log = os.open(logs / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(logs / f"rank{rank}.txt" if logs else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     return out, error
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

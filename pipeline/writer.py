@@ -20,6 +20,7 @@ from pipeline.report import markdown
 from pipeline.resume import Start
 from pipeline.run_folder import clear, remove, remove_halves
 from pipeline.session import Session
+from pipeline.tasks.open import prompt_form
 from pipeline.train.board import Board
 from pipeline.train.engine import first_rank_alone
 from pipeline.train.environment import environment
@@ -223,7 +224,9 @@ class Writer:
 
     def _store(self, folder: Path, step: int, values: dict[str, torch.Tensor], digests: dict[str, str], beside: dict[str, Any]) -> None:
         session, job = self._session, self._session.job
-        store(session.delta, values, folder, job.methods[0], job.base.model, digests, session.base.tensors, job_digest(job), step, beside)
+        prompt = prompt_form(job.task, session.tokens.end_text)
+        tensors, method = session.base.tensors, job.methods[0]
+        store(session.delta, values, folder, method, job.base, digests, tensors, job_digest(job), step, prompt, beside)
 
     def _check_base(self, patience_s: float) -> None:
         """A base is hashed beside the first steps; one that is not the run's stops it before anything is saved."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -38,6 +39,8 @@ _BOUNCE_S = 1.0
 _LEAVING = (STOPPED, DIVERGED)
 _LEAVE_S = 30.0
 """Ranks that end so leave together when everything is saved, but for the time it takes to end a process."""
+Conversation = Callable[["subprocess.Popen[bytes]", Callable[[], bool]], None]
+"""Is handed the first rank, and a function that says whether all ranks are alive."""
 _TOGETHER_S = 0.5
 """Ranks that die this close together: one of them pulled the others down."""
 
@@ -112,13 +115,14 @@ def restarted() -> bool:
     return any(int(os.environ.get(name, "0") or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] | None = None) -> int:
+def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...] | None = None, talk: Conversation | None = None) -> int:
     """Runs `zlora ARGUMENTS` on several ranks of this machine and waits for them.
 
     Args:
         ranks: how many; None: one for each GPU, else one.
         stop_signals: requests that the ranks answer by saving and ending in their own time, as they do Ctrl-C and a closed terminal.
             None: Ctrl-C ends them at once.
+        talk: runs between the ranks' start and their end; the first rank's standard input and output are its pipes.
 
     Returns:
         The exit code for the shell: 0, or that of the rank that failed first (76 where a signal ended it).
@@ -137,16 +141,19 @@ def launch(arguments: list[str], ranks: int | None, stop_signals: tuple[str, ...
             command = [sys.executable, "-c", PROGRAM, *arguments]
             environment = rank_environment(rank, count, folder, gpus)
             # A session of its own: Ctrl-C is for the launcher, which ends the ranks in good order.
-            children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+            stdin, stdout = (subprocess.PIPE, subprocess.PIPE) if talk and rank == 0 else (subprocess.DEVNULL, None)
+            children.append(subprocess.Popen(command, env=environment, stdin=stdin, stdout=stdout, bufsize=0, start_new_session=True))
         if stop_signals is not None:
             _pass_on(stop_signals, children)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         with Console(stderr=True).status(f"starting {count} rank{'s'[: count > 1]}"):
             while not (folder / _STARTED).exists() and all(child.poll() is None for child in children):
                 time.sleep(_POLL_S)
+        if talk:
+            talk(children[0], lambda: all(child.poll() is None for child in children))
         return _watch(children, folder, training=stop_signals is not None)
     except KeyboardInterrupt:
-        print("\nStopped at once. What was saved is in the run folder.", file=sys.stderr)
+        print(f"\nStopped at once.{' What was saved is in the run folder.' * (stop_signals is not None)}", file=sys.stderr)
         return 130
     finally:
         _end(children)

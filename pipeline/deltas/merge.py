@@ -20,7 +20,8 @@ from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
 from pipeline.weights.delta import HEAD_TENSOR, Head, Module, read_delta, read_head
 from pipeline.weights.digest import base_digest, file_digests
-from pipeline.weights.index import INDEX_NAME, Checkpoint, Entry, header_of, open_checkpoint, read_header
+from pipeline.weights.hub import INDEX_NAME
+from pipeline.weights.index import Checkpoint, Entry, header_of, open_checkpoint, read_header
 from pipeline.weights.read import Reader, byte_view
 
 SCHEMA_VERSION = 1

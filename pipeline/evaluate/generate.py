@@ -32,6 +32,8 @@ def generate(
     context: int,
     sharded: bool,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    seen: Callable[[list[list[int]]], None] | None = None,
+    place: int = 0,
 ) -> list[list[int]]:
     """Continues every prompt until an end token, `max_new_tokens` or the context's end.
 
@@ -40,6 +42,8 @@ def generate(
         context: positions the model has.
         sharded: forward passes gather the base, so all ranks must make the same ones.
         progress: wraps the iteration over batches, for a progress bar.
+        seen: is handed the texts of this rank's batch so far after each pass.
+        place: of the first prompt among all prompts, which sampling depends on.
 
     Raises:
         StopAgreed: a rank was asked to stop.
@@ -54,8 +58,8 @@ def generate(
     for number in progress(range(max(map(len, shares)))):
         chosen = shares[ranks.rank][number] if number < len(shares[ranks.rank]) else []
         rooms = [min(decoding.max_new_tokens, context - len(prompts[i])) for i in chosen]
-        search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, chosen)
-        _run(root, search, ranks, context, sharded)
+        search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, [place + i for i in chosen])
+        _run(root, search, ranks, context, sharded, seen)
         if ranks.any(ranks.stop.asked)[0]:
             raise StopAgreed
         mine.update(zip(chosen, search.results(), strict=True))
@@ -79,7 +83,7 @@ def _batches(share: list[int], prompts: list[list[int]], decoding: Decoding) -> 
 
 
 @torch.no_grad()
-def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool) -> None:
+def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool, seen: Callable[[list[list[int]]], None] | None) -> None:
     prompts = [text.prompt for text in search.open]
     beams = len(search.open[0].rows) if search.open else 1
     longest = max(map(len, prompts), default=1)
@@ -106,6 +110,8 @@ def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool
             cache.batch_repeat_interleave(beams)
         first = False
         choice = search.advance(logits)
+        if seen:
+            seen(search.results())
         if len(choice.rows) != len(logits) or beams > 1:
             cache.reorder_cache(choice.rows)
             mask, positions = mask[choice.rows], positions[choice.rows]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Lora
+from pipeline.job.spec import Base, Lora
 from pipeline.methods.attach import Delta
 from pipeline.methods.head import NAME
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
@@ -22,11 +22,12 @@ def store(
     values: dict[str, torch.Tensor],
     folder: Path,
     method: Lora,
-    base: str,
+    base: Base,
     base_files: dict[str, str],
     tensors: dict[str, Entry],
     job_digest: str,
     step: int,
+    prompt: tuple[str | None, bool],
     beside: dict[str, Any] | None = None,
 ) -> None:
     """Writes the delta.
@@ -35,6 +36,7 @@ def store(
         values: of the trained tensors, by name, in main memory: as they were at `step`, while training goes on.
         base_files: sha256 of each of the base's weight files.
         tensors: parameter name -> checkpoint entry, from loading the base.
+        prompt: text between prompt and completion, if it is always the same, and whether the base's chat template was used.
         beside: more JSON files of the folder, by name.
     """
     pairs = {adapted.module: to_peft(adapted, values) for adapted in delta.adapted}
@@ -55,7 +57,7 @@ def store(
         for adapted in delta.adapted
     )
     manifest = {
-        "base": base,
+        "base": base.model,
         "base_digest": base_digest(base_files),
         "base_files": base_files,
         "job_digest": job_digest,
@@ -63,8 +65,11 @@ def store(
         "parameters": delta.parameters,
         "modules": modules,
         "head": Head(delta.head.labels, delta.head.architecture) if delta.head else None,
+        "separator": prompt[0],
+        "chat": prompt[1],
+        "dtype": base.dtype,
     }
-    write_delta(folder, stored, _peft_config(delta, pairs, method, base), manifest, beside)
+    write_delta(folder, stored, _peft_config(delta, pairs, method, base.model), manifest, beside)
 
 
 def restore(delta: Delta, folder: Path, digest: str) -> Manifest:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pipeline.job.errors import JobError
-from pipeline.tasks.example import Chat, Pair, Sequence
+from pipeline.tasks.example import Chat, Message, Pair, Sequence
 from pipeline.tasks.tokens import Tokens
 
 ASSISTANT = "assistant"
@@ -40,6 +40,11 @@ class Template:
         self._require()
         place = max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
         return Pair(self._render(chat, place, ask=True), chat.messages[place].content, chat.source)
+
+    def asked(self, text: str) -> str:
+        """A user's only turn, rendered, ready to be answered."""
+        self._require()
+        return self._render(Chat((Message("user", text),), "the prompt"), 1, ask=True)
 
     def _require(self) -> None:
         if self._tokenizer.chat_template is None:

@@ -20,7 +20,7 @@ from pipeline.tasks.json_rows import Row, as_object, field, json_array, texts
 from pipeline.tasks.triples import Entry, Text, checked_triple, complete, linearise, pair, read_benchmark
 
 _STEM = {"train": "dart-v1.1.1-full-train", "valid": "dart-v1.1.1-full-dev", "test": "dart-v1.1.1-full-test"}
-_HUB = HubCopy("Yale-LILY/dart", "the official files dart-v1.1.1-full-train.json, -dev.json and -test.json")
+HUB = HubCopy("Yale-LILY/dart", "the official files dart-v1.1.1-full-train.json, -dev.json and -test.json")
 
 
 def open_dart(task: Dart, split: Split) -> Source:
@@ -30,7 +30,7 @@ def open_dart(task: Dart, split: Split) -> Source:
         JobError: the folder has no such file; later, that it is malformed.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: _examples(task, _hub_entry(row, where)))
+        return from_hub(HUB, split, lambda row, where: _examples(task, _hub_entry(row, where)))
     file = split_path(Path(task.data), (f"{_STEM[split]}.json", f"{_STEM[split]}.xml"), f"DART {split}")
 
     def read() -> Iterator[Pair | Dropped]:

@@ -22,7 +22,7 @@ from pipeline.tasks.rows import rows
 
 _CSV = {"train": "trainset.csv", "valid": "devset.csv", "test": "testset_w_refs.csv"}
 _TEXT = {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"}
-_HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
+HUB = HubCopy("tuetschek/e2e_nlg", "the official CSV files")
 _FIELD = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*")
 
 
@@ -33,7 +33,7 @@ def open_e2e(task: E2E, split: Split) -> Source:
         JobError: the folder holds neither format; later, that a line is malformed.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: [_pair(row["meaning_representation"], row["human_reference"], where)])
+        return from_hub(HUB, split, lambda row, where: [_pair(row["meaning_representation"], row["human_reference"], where)])
     file = split_path(Path(task.data), (_CSV[split], _TEXT[split]), f"E2E {split}")
     return Source((file,), lambda: _from_csv(file) if file.suffix == ".csv" else _from_text(file))
 

@@ -33,7 +33,7 @@ class Encoder:
     def __init__(self, tokens: Tokens, separator: str, block_tokens: int, vocabulary: int, chat: bool = False) -> None:
         self._tokens, self._separator, self._block, self._vocabulary = tokens, separator, block_tokens, vocabulary
         # A template begins a text as it must be.
-        self._lead = [] if chat else tokens.lead
+        self._lead, self._chat = [] if chat else tokens.lead, chat
         self._template = Template(tokens)
 
     @property
@@ -48,6 +48,10 @@ class Encoder:
     def prompts(self, texts: list[str]) -> list[list[int]]:
         """Token ids of prompts with the separator, ready to be continued; an empty one becomes the end token, GPT-2's start."""
         return [self._lead + ids or [self._tokens.end_id] for ids in self._tokens.ids([text + self._separator for text in texts])]
+
+    def typed(self, texts: list[str]) -> list[list[int]]:
+        """The same of prompts as a person types them: where the base's chat template is used, each is a user's turn."""
+        return self.prompts([self._template.asked(text) for text in texts] if self._chat else texts)
 
     def sequences(self, examples: Iterable[Example]) -> Iterator[tuple[Sequence, str]]:
         """Each sequence and the file and line that it is from; in the order of the examples.

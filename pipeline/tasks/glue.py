@@ -61,17 +61,23 @@ def open_glue(task: Glue, split: Split) -> Source:
     """
     form = _FORMS[task.name]
     if task.data is None:
-        about = f"the official files of {form.folder}"
-        copies = [
-            HubCopy("nyu-mll/glue", about, ("train", f"validation{part}", f"test{part}"), folder=task.name) for part in _parts(task, split)
-        ]
-        return _joined([from_hub(copy, split, partial(_hub_examples, task, split)) for copy in copies])
+        return _joined([from_hub(_copy(task, part), split, partial(_hub_examples, task, split)) for part in _parts(task, split)])
     folder = Path(task.data)
     folder = folder / form.folder if (folder / form.folder).is_dir() else folder
     files = _files(task, split, folder)
     if files[0].name == "msr_paraphrase_train.txt" and (ids := folder / "dev_ids.tsv").exists():
         return Source((*files, ids), lambda: _msr_split(task, split, files[0], ids))
     return Source(files, lambda: chain.from_iterable(_read(task, split, file) for file in files))
+
+
+def glue_copies(task: Glue) -> tuple[HubCopy, ...]:
+    """The hub's copies of what a task reads."""
+    return tuple(dict.fromkeys(_copy(task, part) for part in _parts(task, "valid")))
+
+
+def _copy(task: Glue, part: str) -> HubCopy:
+    about = f"the official files of {_FORMS[task.name].folder}"
+    return HubCopy("nyu-mll/glue", about, ("train", f"validation{part}", f"test{part}"), folder=task.name)
 
 
 def _joined(sources: list[Source]) -> Source:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pipeline.job.errors import JobError
 from pipeline.job.section import Split
-from pipeline.job.task import E2E, Dart, Glue, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
+from pipeline.job.task import E2E, Conversations, Dart, Glue, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
+from pipeline.tasks.dart import HUB as DART_HUB
 from pipeline.tasks.dart import open_dart
 from pipeline.tasks.draw import drawn, held_back
+from pipeline.tasks.e2e import HUB as E2E_HUB
 from pipeline.tasks.e2e import open_e2e
 from pipeline.tasks.example import Dropped, Example, Source
-from pipeline.tasks.glue import open_glue
+from pipeline.tasks.glue import glue_copies, open_glue
+from pipeline.tasks.hub import HubCopy
 from pipeline.tasks.own import open_own, split_files
+from pipeline.tasks.samsum import HUB as SAMSUM_HUB
 from pipeline.tasks.samsum import open_samsum
+from pipeline.tasks.webnlg import HUB as WEBNLG_HUB
 from pipeline.tasks.webnlg import open_webnlg
+from pipeline.tasks.wikisql import HUB as WIKISQL_HUB
 from pipeline.tasks.wikisql import open_wikisql
 
 
@@ -95,8 +101,36 @@ def separator_text(task: SingleTask, end_token: str) -> str:
             return ""
 
 
+def prompt_form(task: Task, end_token: str) -> tuple[str | None, bool]:
+    """What makes a prompt as in training: its separator, None where a mix has several; and whether it is in the base's chat template."""
+    separators = {separator_text(source, end_token) for source in sources_of(task)}
+    chats = {isinstance(source, Conversations) for source in sources_of(task)}
+    return (separators.pop() if len(separators) == 1 and len(chats) == 1 else None), chats == {True}
+
+
 def has_split(task: SingleTask, split: Split) -> bool:
     """Whether the task has this split; your own data may lack some."""
     if not isinstance(task, OwnData) or (split == "valid" and task.dev_fraction is not None):
         return True
     return bool(split_files(task, split))
+
+
+def hub_copies(task: SingleTask) -> tuple[HubCopy, ...]:
+    """Where the data of a task comes from that names no folder; none where it names one."""
+    if task.data is not None:
+        return ()
+    match task:
+        case E2E():
+            return (E2E_HUB,)
+        case WebNlg():
+            return (WEBNLG_HUB,)
+        case Dart():
+            return (DART_HUB,)
+        case SamSum():
+            return (SAMSUM_HUB,)
+        case WikiSql():
+            return (WIKISQL_HUB,)
+        case Glue():
+            return glue_copies(task)
+        case _:
+            return ()

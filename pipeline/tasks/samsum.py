@@ -22,7 +22,7 @@ _NAMES = {
     "valid": ("val.json", "validation.jsonl"),
     "test": ("test.json", "test.jsonl"),
 }
-_HUB = HubCopy("knkarthick/samsum", "the official train.json, val.json and test.json", revision=None)
+HUB = HubCopy("knkarthick/samsum", "the official train.json, val.json and test.json", revision=None)
 
 
 def open_samsum(task: SamSum, split: Split) -> Source:
@@ -33,7 +33,7 @@ def open_samsum(task: SamSum, split: Split) -> Source:
     """
     if task.data is None:
         # An empty dialogue, of which the training split has one, is an empty cell there.
-        return from_hub(_HUB, split, lambda row, where: [_example({**row, "dialogue": row["dialogue"] or ""}, where)])
+        return from_hub(HUB, split, lambda row, where: [_example({**row, "dialogue": row["dialogue"] or ""}, where)])
     file = split_path(Path(task.data), _NAMES[split], f"SAMSum {split}")
     return Source((file,), lambda: _read(file))
 

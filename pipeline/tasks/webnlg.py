@@ -28,7 +28,7 @@ _NAMES = {
     "valid": ("dev", "dev.json"),
     "test": ("test/testdata_with_lex.xml", "test.json"),
 }
-_HUB = HubCopy(
+HUB = HubCopy(
     "webnlg-challenge/web_nlg", "the official XML folders train, dev and test", ("train", "dev", "test"), folder="webnlg_challenge_2017"
 )
 
@@ -40,7 +40,7 @@ def open_webnlg(task: WebNlg, split: Split) -> Source:
         JobError: the folder holds neither form; later, that a file is malformed or the task's choice leaves none.
     """
     if task.data is None:
-        return from_hub(_HUB, split, lambda row, where: [e for entry in _hub_entry(row, where) for e in _examples(task, split, entry)])
+        return from_hub(HUB, split, lambda row, where: [e for entry in _hub_entry(row, where) for e in _examples(task, split, entry)])
     place = split_path(Path(task.data), _NAMES[split], f"WebNLG {split}")
     files = tuple(sorted(place.rglob("*.xml"))) if place.is_dir() else (place,)
     if not files:

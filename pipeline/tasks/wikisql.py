@@ -22,7 +22,7 @@ from pipeline.tasks.hub import HubCopy, from_hub
 from pipeline.tasks.json_rows import Row, field, json_lines, texts
 
 _STEM = {"train": "train", "valid": "dev", "test": "test"}
-_HUB = HubCopy("Salesforce/wikisql", "the official train.jsonl, train.tables.jsonl and so on")
+HUB = HubCopy("Salesforce/wikisql", "the official train.jsonl, train.tables.jsonl and so on")
 _AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 _OPERATORS = ("=", ">", "<", "OP")
 
@@ -42,7 +42,7 @@ def open_wikisql(task: WikiSql, split: Split) -> Source:
         JobError: a file is not there; later, that one is malformed, or a question's table or column does not exist.
     """
     if task.data is None:
-        return from_hub(_HUB, split, _hub_examples)
+        return from_hub(HUB, split, _hub_examples)
     questions = split_path(Path(task.data), (f"{_STEM[split]}.jsonl",), f"WikiSQL {split}")
     file = split_path(Path(task.data), (f"{_STEM[split]}.tables.jsonl",), f"WikiSQL {split} tables")
     return Source((questions, file), lambda: _read(questions, file))

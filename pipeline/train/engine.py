@@ -28,6 +28,7 @@ T = TypeVar("T")
 _LONG = timedelta(days=1)
 _DONE = "done"
 _FETCHES = count()
+_EVER = timedelta(days=365)
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|socket|nccl|gloo", re.IGNORECASE)
 
 
@@ -133,6 +134,21 @@ def one_rank_first(ranks: Ranks, fetch: Callable[[], T]) -> T:
     for rank in range(ranks.count):
         answer(f"{what} by {rank}")
     return fetched
+
+
+def from_first(ranks: Ranks, name: str, text: Callable[[], str]) -> str:
+    """The first rank's text on every rank, however long it takes to come (a person may type it).
+
+    Args:
+        name: used once.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if ranks.first:
+        store.set(name, text())
+    else:
+        # A collective would give up, and on a GPU it would keep the processor busy.
+        store.wait([name], _EVER)
+    return store.get(name).decode()
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -62,6 +62,12 @@ class Manifest:
     sha256: str
     """Of the tensor file."""
     head: Head | None = None
+    separator: str | None = None
+    """Text between prompt and completion in training. None: there were several."""
+    chat: bool = False
+    """Trained on conversations in the base's chat template."""
+    dtype: str | None = None
+    """Of the base in training; None: not known."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.job.errors import JobError
+from pipeline.weights.hub import INDEX_NAME, SINGLE_NAME
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,8 +29,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)

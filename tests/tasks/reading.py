@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.job.errors import JobError
+from pipeline.tasks import hub
 from pipeline.tasks.open import read_examples
 
 
@@ -22,14 +23,14 @@ def pairs(examples):
 
 
 def stub_hub(monkeypatch, rows):
-    """`datasets` gives these rows for whatever is asked, which is returned."""
+    """The hub gives these rows for whatever is asked, which is returned."""
     import datasets
 
     asked = {}
 
-    def load_dataset(name, **kwargs):
+    def load(name, **kwargs):
         asked.update(name=name, **kwargs)
         return datasets.Dataset.from_list(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "load", load)
     return asked

@@ -11,6 +11,7 @@ from pipeline.job.task import E2E
 from pipeline.tasks.e2e import linearise
 from pipeline.tasks.example import grouped
 from pipeline.tasks.open import has_split, read_examples
+from tests.tasks.reading import stub_hub
 
 # Novikova, Dusek and Rieser 2017, table 1; the training and development counts are those of the released files.
 ROWS = {"train": 42_061, "valid": 4_672, "test": 4_693}
@@ -168,17 +169,8 @@ def test_the_hubs_copy_out_of_reach_is_answered_with_the_files_to_name():
 
 
 def test_the_hubs_copy_gives_the_same_examples_as_the_files(monkeypatch, tmp_path):
-    import datasets
-
-    asked = {}
-
-    def load_dataset(name, revision, split):
-        asked.update(name=name, revision=revision, split=split)
-        return datasets.Dataset.from_dict(
-            {"meaning_representation": ["name[Blue Spice], area[city centre]"], "human_reference": ["It is in the centre."]}
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    row = {"meaning_representation": "name[Blue Spice], area[city centre]", "human_reference": "It is in the centre."}
+    asked = stub_hub(monkeypatch, [row])
     (tmp_path / "devset.csv").write_text('mr,ref\n"name[Blue Spice], area[city centre]",It is in the centre.\n')
     (hub,) = read_examples(E2E(kind="e2e"), "valid")
     (file,) = read_examples(E2E(kind="e2e", data=str(tmp_path)), "valid")
