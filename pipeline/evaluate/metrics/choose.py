@@ -6,6 +6,7 @@ In: predictions and the references of each. Out: metrics by name, and notes on w
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pipeline.job.errors import JobError
@@ -14,18 +15,20 @@ KINDS = ("e2e", "webnlg", "dart", "samsum", "wikisql", "cola", "sst2", "mrpc", "
 _SCRIPTS = {"e2e": ("mteval", "pymteval"), "webnlg": ("generation_eval", "challenge"), "dart": ("generation_eval", "challenge")}
 
 
-def refuse_unknown(kind: str, script: str | None) -> None:
+def refuse_unknown(kind: str, script: str | None, tables: Path | None = None) -> None:
     """Raises:
-    JobError: there is no such task, or it has no such script. Before any file is read."""
+    JobError: there is no such task, or it has no such script or no tables. Before any file is read."""
     if kind not in KINDS:
         raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(KINDS)}.')
     known = _SCRIPTS.get(kind, ())
     if script is not None and script not in known:
         raise JobError(f'--script "{script}": {kind} has {" or ".join(known) or "one script only"}. Correct or leave it out.')
+    if tables is not None and kind != "wikisql":
+        raise JobError(f"--tables {tables}: only wikisql has tables. Leave it out.")
 
 
 def metrics_of(
-    kind: str, predictions: list[str], references: list[list[str]], script: str | None = None
+    kind: str, predictions: list[str], references: list[list[str]], script: str | None = None, tables: Path | None = None
 ) -> tuple[dict[str, float], list[str]]:
     """Scores predictions; the second answer are notes for the person.
 
@@ -34,6 +37,7 @@ def metrics_of(
         references: at least one, not empty, for each prediction. WikiSQL and GLUE have exactly one.
         script: whose way to count. E2E: `mteval` (default) or `pymteval`, the official script's Perl and its Python mode. WebNLG and
             DART: `generation_eval` (default), as the LoRA paper did, or `challenge`, as the challenge of 2017 did. Others have one.
+        tables: WikiSQL's tables, for its execution accuracy: a .tables.jsonl or .db file, or a folder of them.
 
     Raises:
         JobError: a script that the task does not have, or a value that is not the task's.
@@ -52,7 +56,7 @@ def metrics_of(
 
             return rouge(predictions, references), []
         case "wikisql", None:
-            return _wikisql(predictions, _only(references)), []
+            return _wikisql(predictions, _only(references), tables)
         case "stsb", None:
             return _stsb(predictions, _only(references)), []
         case (("cola" | "sst2" | "mrpc" | "qqp" | "mnli" | "qnli" | "rte"), None):
@@ -124,11 +128,16 @@ def padded(references: list[list[str]]) -> list[list[str]]:
     return [group + [""] * (most - len(group)) for group in references]
 
 
-def _wikisql(predictions: list[str], references: list[str]) -> dict[str, float]:
+def _wikisql(predictions: list[str], references: list[str], tables: Path | None) -> tuple[dict[str, float], list[str]]:
     from pipeline.evaluate.metrics.wikisql import logical_form
+    from pipeline.evaluate.metrics.wikisql_tables import accuracies
 
+    if tables is not None:
+        return accuracies(predictions, references, tables), []
     try:
-        return {"lf_accuracy": logical_form(predictions, references)}
+        return {"lf_accuracy": logical_form(predictions, references)}, [
+            "ex_accuracy: left out: it needs the tables. Add --tables with the split's .tables.jsonl or .db, or the folder of them."
+        ]
     except ValueError as error:
         raise JobError(f"references: number {error.args[0] + 1} is neither WikiSQL's JSON nor its SQL. Mend it.") from None
 
