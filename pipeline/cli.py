@@ -266,6 +266,9 @@ def score(
     script: Annotated[
         str | None, typer.Option("--script", help="e2e: mteval or pymteval; webnlg, dart: generation_eval or challenge.")
     ] = None,
+    tables: Annotated[
+        Path | None, typer.Option("--tables", metavar="PATH", help="wikisql: its .tables.jsonl or .db, or their folder; for ex_accuracy.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score any file by a task's metrics, equal to the official scripts'.
@@ -277,9 +280,9 @@ def score(
     from pipeline.job.metrics import shown
     from pipeline.screen import Screen
 
-    refuse_unknown(task, script)
+    refuse_unknown(task, script, tables)
     found, groups = read_scored(predictions, references)
-    metrics, notes = metrics_of(task, found, groups, script)
+    metrics, notes = metrics_of(task, found, groups, script, tables)
     if as_json:
         report = {"schema_version": 1, "task": task, "script": script, "predictions": len(found), "metrics": metrics, "notes": notes}
         print(json.dumps(report))

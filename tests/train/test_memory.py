@@ -45,7 +45,18 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
         if ranks.first:
             tensors = stepper.capture()
             values = {name.removeprefix("weight/"): t for name, t in tensors.items()}
-            store(session.delta, values, Path(run), asked.methods[0], asked.base, files, session.base.tensors, job_digest(asked), 2, ("", False))
+            store(
+                session.delta,
+                values,
+                Path(run),
+                asked.methods[0],
+                asked.base,
+                files,
+                session.base.tensors,
+                job_digest(asked),
+                2,
+                ("", False),
+            )
     finally:
         for name, function in kept.items():
             setattr(dist, name, function)

@@ -6,6 +6,7 @@ In: predictions and the references of each. Out: metrics by name, and notes on w
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pipeline.job.errors import JobError
@@ -13,17 +14,19 @@ from pipeline.job.labels import glue_labels
 from pipeline.job.metrics import METRICS, unknown_script
 
 
-def refuse_unknown(kind: str, script: str | None) -> None:
+def refuse_unknown(kind: str, script: str | None, tables: Path | None = None) -> None:
     """Raises:
-    JobError: there is no such task, or it has no such script. Before any file is read."""
+    JobError: there is no such task, or it has no such script or no tables. Before any file is read."""
     if kind not in METRICS:
         raise JobError(f'--task "{kind}": there is no such task. Use one of {", ".join(METRICS)}.')
     if problem := unknown_script(kind, script):
         raise JobError(f"--script {problem}")
+    if tables is not None and kind != "wikisql":
+        raise JobError(f"--tables {tables}: only wikisql has tables. Leave it out.")
 
 
 def metrics_of(
-    kind: str, predictions: list[str], references: list[list[str]], script: str | None = None
+    kind: str, predictions: list[str], references: list[list[str]], script: str | None = None, tables: Path | None = None
 ) -> tuple[dict[str, float], list[str]]:
     """Scores predictions; the second answer are notes for the person.
 
@@ -32,6 +35,7 @@ def metrics_of(
         references: at least one, not empty, for each prediction. GLUE has exactly one.
         script: whose way to count. E2E: `mteval` (default) or `pymteval`, the official script's Perl and its Python mode. WebNLG and
             DART: `generation_eval` (default), as the LoRA paper did, or `challenge`, as the challenge of 2017 did. Others have one.
+        tables: WikiSQL's tables, for its execution accuracy: a .tables.jsonl or .db file, or a folder of them.
 
     Raises:
         JobError: a script that the task does not have, or a value that is not the task's.
@@ -50,7 +54,7 @@ def metrics_of(
 
             return rouge(predictions, references), []
         case "wikisql", None:
-            return _wikisql(predictions, references), []
+            return _wikisql(predictions, references, tables)
         case "texts", None:
             from pipeline.evaluate.metrics.own import bleu, exact_match
 
@@ -136,13 +140,18 @@ def padded(references: list[list[str]]) -> list[list[str]]:
     return [group + [""] * (most - len(group)) for group in references]
 
 
-def _wikisql(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _wikisql(predictions: list[str], references: list[list[str]], tables: Path | None) -> tuple[dict[str, float], list[str]]:
     """A question with several references was asked so often in the official file, and counts so often."""
     from pipeline.evaluate.metrics.wikisql import logical_form
+    from pipeline.evaluate.metrics.wikisql_tables import accuracies
 
     pairs = [(text, other) for text, group in zip(predictions, references, strict=True) for other in group]
+    found, wanted = [text for text, _ in pairs], [other for _, other in pairs]
+    if tables is not None:
+        return accuracies(found, wanted, tables), []
+    note = "ex_accuracy: left out: it needs the tables. Use zlora score --tables with the split's .tables.jsonl or .db, or their folder."
     try:
-        return {"lf_accuracy": logical_form([text for text, _ in pairs], [other for _, other in pairs])}
+        return {"lf_accuracy": logical_form(found, wanted)}, [note]
     except ValueError as error:
         raise JobError(f"references: number {error.args[0] + 1} is neither WikiSQL's JSON nor its SQL. Mend it.") from None
 

