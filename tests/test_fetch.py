@@ -175,12 +175,12 @@ def parquet(rows: list[dict]) -> bytes:
 
 READ = """
 import sys
-from pipeline.job.spec import E2E, WebNlg
+from pipeline.job.task import E2E, WebNlg
 from pipeline.tasks.hub import load
-from pipeline.tasks.open import hub_copy, read_examples
+from pipeline.tasks.open import hub_copies, read_examples
 splits = ("train", "valid", "test")
 print([read_examples(E2E(kind="e2e"), split)[0].completion for split in splits])
-copy = hub_copy(WebNlg(kind="webnlg"))
+(copy,) = hub_copies(WebNlg(kind="webnlg"))
 print([[row["split"] for row in load(copy.name, copy.revision, **copy.chosen(split))] for split in splits])
 assert "torch" not in sys.modules
 """

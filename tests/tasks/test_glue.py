@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from pipeline.job.task import Glue
+from pipeline.tasks import hub
 from pipeline.tasks.example import Dropped
 from pipeline.tasks.open import content_keys, open_split, read_examples
 from tests.tasks.reading import refused, stub_hub
@@ -298,10 +299,10 @@ def test_the_hubs_copy_is_read(monkeypatch, name):
 def test_the_hubs_sections_of_mnli_are_read_one_after_the_other(monkeypatch):
     import datasets
 
-    def load_dataset(name, split, **kwargs):
+    def load(name, split, **kwargs):
         return datasets.Dataset.from_list([{**HUB["mnli"], "premise": split}])
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "load", load)
     examples = read_examples(Glue(kind="glue", name="mnli", section="both"), "valid")
     assert [example.texts[0] for example in examples] == ["validation_matched", "validation_mismatched"]
 
