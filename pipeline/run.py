@@ -20,6 +20,7 @@ from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
 from pipeline.screen import Screen
 from pipeline.session import open_session
+from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, take_steps
 from pipeline.train.step import Stepper
@@ -121,14 +122,13 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
     Args:
         which: of the run's deltas.
     """
+    if not any(has_split(task, split) for task in sources_of(job.task)):
+        raise JobError(f"--split {split}: the job has no {split} split. Name its file in [task], or choose another.", everywhere=True)
     session = open_session(job, ranks, screen)
     digest = [base_digest(session.digests.result()) if session.digests else ""]
     dist.broadcast_object_list(digest)
     manifest = restore(session.delta, run / DELTAS[which], digest[0])
-    data = session.evaluation(split)
-    if not data:
-        raise JobError(f"--split {split}: the job has no {split} split. Name its file in [task], or choose another.", everywhere=True)
-    scores = session.score(data)
+    scores = session.score(session.evaluation(split))
     file = run / "predictions" / (f"{split}-best.jsonl" if which == "best" else f"{split}.jsonl")
     written = write_predictions(file, scores) if ranks.first else None
     show_scores(screen, f"{split} by the {which} delta of {run}, after {manifest.step} steps", scores, set())

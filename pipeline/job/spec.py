@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.job.labels import labels_of
 from pipeline.job.metrics import Script, unknown_metric, unknown_script
 from pipeline.job.section import Section, Seed, Split, Text
-from pipeline.job.task import Task
+from pipeline.job.task import Mix, Task
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 StopSignal = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
@@ -170,6 +171,16 @@ class Job(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     memory: Memory = Memory()
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Job:
+        if isinstance(self.task, Mix):
+            if len({labels_of(source) for source in self.task.sources}) > 1:
+                raise ValueError("task.sources: their labels differ, or only some have any. One head serves all: keep those of one kind.")
+        elif self.task.weight != 1.0 or self.task.title is not None:
+            key = "title" if self.task.title else "weight"
+            raise ValueError(f'task.{key}: only sources of a mix have one. Leave it out, or use task.kind = "mix".')
+        return self
 
     @model_validator(mode="after")
     def _scorable(self) -> Job:
