@@ -9,26 +9,21 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 
-@lru_cache(maxsize=4)
-def _permutation(examples: int, seed: str, epoch: int) -> np.ndarray:
-    # Hashed: torch's CPU generator looks at the low 32 bits of its seed only, so both numbers must be in them.
+def permutation(examples: int, seed: str, epoch: int) -> np.ndarray:
+    """The order of an epoch's examples."""
+    # Hashed: torch's CPU generator looks at the low 32 bits of its seed only, so both must be in them.
     mixed = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
     # As few bytes as do: there may be a hundred million examples.
     return torch.randperm(examples, generator=generator, dtype=torch.int32 if examples < 1 << 31 else torch.int64).numpy()
-
-
-def example_at(position: int, examples: int, seed: int | str) -> int:
-    """The index of the example at a position of the endless stream."""
-    epoch, place = divmod(position, examples)
-    return int(_permutation(examples, str(seed), epoch)[place])
 
 
 @dataclass(frozen=True)
@@ -40,10 +35,6 @@ class Stream:
     seed: int
     weights: tuple[float, ...] = (1.0,)
     """How often each source's examples come in an epoch. What is left of a source in one epoch comes in the next."""
-
-    @property
-    def _counts(self) -> list[int]:
-        return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
 
     @property
     def epoch(self) -> int:
@@ -58,15 +49,28 @@ class Stream:
         """The examples at `count` positions from `first` on. Epochs run into one another, so every step but the last can be full."""
         return [self._at(position) for position in range(first, first + count)]
 
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
+
+    @cached_property
+    def _permutation(self) -> Callable[[int, str, int], np.ndarray]:
+        # Those that are looked into by turns: two epochs, and of every source as many rounds as an epoch has, and two.
+        return lru_cache(maxsize=2 + sum(math.ceil(weight) + 2 for weight in self.weights))(permutation)
+
     def _at(self, position: int) -> int:
-        place, passed = example_at(position, self.epoch, self.seed), 0
+        place, passed = self._drawn(position, self.epoch, str(self.seed)), 0
         for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
             if place < count:
                 # A source's own stream goes on from epoch to epoch.
-                inside = place if count == size else example_at(position // self.epoch * count + place, size, f"{self.seed}:{number}")
-                return passed + inside
+                own = position // self.epoch * count + place
+                return passed + (place if count == size else self._drawn(own, size, f"{self.seed}:{number}"))
             place, passed = place - count, passed + size
         raise AssertionError("a place beyond its epoch")
+
+    def _drawn(self, position: int, examples: int, seed: str) -> int:
+        epoch, place = divmod(position, examples)
+        return int(self._permutation(examples, seed, epoch)[place])
 
 
 def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.tasks.order import Stream, example_at
+from pipeline.tasks.order import Stream, permutation
 
 
 def test_a_part_of_the_stream_is_the_same_whatever_was_asked_before():
@@ -14,7 +14,7 @@ def test_a_part_of_the_stream_is_the_same_whatever_was_asked_before():
     forward = [stream.examples(first, 7) for first in range(0, 210, 7)]
     backward = [stream.examples(first, 7) for first in reversed(range(0, 210, 7))][::-1]
     assert forward == backward
-    assert forward[20] == [example_at(position, 50, 3) for position in range(140, 147)]
+    assert forward[20] == [permutation(50, "3", position // 50)[position % 50] for position in range(140, 147)]
 
 
 @pytest.mark.parametrize(("examples", "epochs"), [(20, 3), (7, 5), (1, 2), (13, 1)])
@@ -58,3 +58,13 @@ def test_weighted_sources_are_shuffled_together():
     stream = Stream((100, 100), 1, (1.0, 2.0))
     quarters = [sum(index >= 100 for index in stream.examples(first, 75)) for first in range(0, 300, 75)]
     assert all(35 <= count <= 65 for count in quarters), quarters
+
+
+def test_however_many_sources_each_order_is_drawn_once(monkeypatch):
+    from pipeline.tasks import order
+
+    drawn = []
+    monkeypatch.setattr(order, "permutation", lambda *asked: drawn.append(asked) or permutation(*asked))
+    stream = Stream((50,) * 9, 1, (2.5, 0.3, 1.5, 0.7, 3.0, 1.0, 0.2, 1.2, 2.0))
+    stream.examples(0, 2 * stream.epoch)
+    assert len(drawn) == len(set(drawn)) > 20
