@@ -189,6 +189,8 @@ def _plain_path(location: tuple[str | int, ...], asked: dict[str, Any]) -> list[
     plain: list[str] = []
     place: Any = asked
     for index, part in enumerate(location):
+        if not isinstance(place, dict | list):
+            break  # what follows tells the types that the value could have had
         if isinstance(place, dict) and part not in place and index < len(location) - 1:
             continue
         plain.append(str(part))

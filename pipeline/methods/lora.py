@@ -66,6 +66,15 @@ class AdaptedLinear:
     branches: tuple[LoraBranch, ...]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Output rows of a linear map that a target names."""
+
+    target: str
+    first: int
+    rows: int
+
+
 def attach_lora(
     model: nn.Module, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device
 ) -> list[AdaptedLinear]:
@@ -79,24 +88,25 @@ def attach_lora(
         name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
     }
     for place, (name, runs) in enumerate(_targets(linears, family, method.targets).items()):
-        linear = linears[name]
-        if method.rank > (largest := min(linear.in_features, *(rows for _, rows in runs))):
-            raise JobError(f"methods[0].rank = {method.rank}: {name} has room for {largest} at most. Use a smaller rank.")
-        branches = tuple(
-            LoraBranch(
-                name=f"{name}.{first}",
-                a=_draw(method, f"{name}:{first}", linear.in_features, seed).to(device).requires_grad_(),
-                b=torch.zeros(rows, method.rank, device=device).requires_grad_(),
-                scale=method.alpha / method.rank,
-                first_row=first,
-                dropout=method.dropout,
-                layer=place,
-                clock=clock,
+        linear, branches = linears[name], []
+        for run in sorted(runs, key=lambda run: run.first):
+            rank = method.rank_of(run.target)
+            if rank > (largest := min(linear.in_features, run.rows)):
+                raise JobError(f"methods[0].rank = {rank}: {name} has room for {largest} at most. Use a smaller rank.")
+            branches.append(
+                LoraBranch(
+                    name=f"{name}.{run.first}",
+                    a=_draw(method.init, rank, f"{name}:{run.first}", linear.in_features, seed).to(device).requires_grad_(),
+                    b=torch.zeros(run.rows, rank, device=device).requires_grad_(),
+                    scale=method.scale_of(run.target),
+                    first_row=run.first,
+                    dropout=method.dropout,
+                    layer=place,
+                    clock=clock,
+                )
             )
-            for first, rows in sorted(runs)
-        )
         linear.branches.extend(branches)
-        adapted.append(AdaptedLinear(name, linear, branches))
+        adapted.append(AdaptedLinear(name, linear, tuple(branches)))
     return adapted
 
 
@@ -111,7 +121,10 @@ def to_peft(adapted: AdaptedLinear, values: dict[str, torch.Tensor]) -> PeftPair
     column = 0
     for branch in branches:
         rows, rank = branch.b.shape
-        b[branch.first_row : branch.first_row + rows, column : column + rank] = values[f"{branch.name}.b"]
+        # One scale for the pair: that of the first; equal ones change no bit.
+        b[branch.first_row : branch.first_row + rows, column : column + rank] = values[f"{branch.name}.b"] * (
+            branch.scale / branches[0].scale
+        )
         column += rank
     a = torch.cat([values[f"{branch.name}.a"] for branch in branches])
     return PeftPair(a, b, column, branches[0].scale * column)
@@ -132,12 +145,13 @@ def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
             rows, rank = branch.b.shape
             branch.a.copy_(a[column : column + rank])
             branch.b.copy_(b[branch.first_row : branch.first_row + rows, column : column + rank])
+            branch.b.mul_(adapted.branches[0].scale / branch.scale)
             column += rank
 
 
-def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
-    """Module name -> runs (first row, rows) to adapt, modules in model order."""
-    chosen: dict[str, list[tuple[int, int]]] = {}
+def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...]) -> dict[str, list[_Run]]:
+    """Module name -> runs of rows to adapt, modules in model order."""
+    chosen: dict[str, list[_Run]] = {}
     for target in targets:
         if role := family.roles.get(target):
             names = [name for name in linears if name.endswith(f".{role.module}")]
@@ -151,19 +165,19 @@ def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[st
             )
         for name in names:
             rows = linears[name].out_features // (role.parts if role else 1)
-            run = (rows * role.part if role else 0, rows)
-            if any(run[0] < first + count and first < run[0] + run[1] for first, count in chosen.get(name, [])):
+            run = _Run(target, rows * role.part if role else 0, rows)
+            if any(run.first < other.first + other.rows and other.first < run.first + run.rows for other in chosen.get(name, [])):
                 raise JobError(f'methods[0].targets: "{target}" names rows of {name} that another target names too. Keep one of them.')
             chosen.setdefault(name, []).append(run)
     return {name: chosen[name] for name in linears if name in chosen}
 
 
-def _draw(method: Lora, name: str, columns: int, seed: int) -> torch.Tensor:
+def _draw(init: str, rank: int, name: str, columns: int, seed: int) -> torch.Tensor:
     """A [R, K]. Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(K); the Gaussian option has that variance."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    a = torch.empty(method.rank, columns)
-    if method.init == "gaussian":
+    a = torch.empty(rank, columns)
+    if init == "gaussian":
         return a.normal_(0.0, 1.0 / math.sqrt(3 * columns), generator=generator)
     bound = 1.0 / math.sqrt(columns)
     return a.uniform_(-bound, bound, generator=generator)

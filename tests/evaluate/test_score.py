@@ -151,3 +151,17 @@ def test_a_request_to_stop_does_not_wait_for_long_metrics(gpt2_base, tmp_path):
     while subprocess.run(["ps", "-p", pid], capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "Java is left behind"
         time.sleep(0.1)
+
+
+def test_three_ranks_score_seven_prompts_under_the_watchdog(gpt2_base, tmp_path):
+    """Uneven shares and uneven lengths while each pass gathers the base: no rank waits for a pass that another does not make."""
+    job = write_job(tmp_path, gpt2_base)
+    rows = [{"prompt": "x" * (1 + 9 * number), "completion": f" {number}"} for number in range(7)]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"task.valid={tmp_path}/valid.jsonl", "train.steps=2", "train.timeout_s=60", "evaluate.gather=each_pass")
+    # Batches of one prompt or two.
+    settings += ("evaluate.batch_tokens=150", "evaluate.max_new_tokens=20")
+    done = zlora("train", job, "--ranks", "3", "--run", "run", *(part for text in settings for part in ("--set", text)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    predicted = [json.loads(line) for line in (tmp_path / "run/predictions/valid-000002.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in predicted] == [row["prompt"] for row in rows]

@@ -28,6 +28,7 @@ kind = "lora"
 targets = ["q", "mlp_in", "attn.c_proj"]
 rank = 4
 alpha = 32.0
+scaling = "sqrt_rank"
 dropout = 0.25
 init = "gaussian"
 

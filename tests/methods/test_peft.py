@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -35,6 +35,38 @@ def test_peft_loads_the_delta_and_gives_our_loss(base, targets, request, ranks2,
             without = bare(torch.arange(40)[None] % 300).logits[0].numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(theirs - without).max() > 1e-3
+
+
+@pytest.mark.parametrize("base", ["gpt2_base", "llama_base"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("methods.0.rank={q = 2, v = 5}",),
+        ("methods.0.alpha={q = 3.0, v = 20.0}", "methods.0.rank={q = 5, v = 2}"),
+        ('methods.0.scaling="sqrt_rank"', "methods.0.rank={q = 5, v = 2}"),
+    ],
+    ids=["ranks", "alphas", "stabilised"],
+)
+def test_ranks_and_scales_of_each_target_are_in_what_peft_loads(base, settings, request, ranks2, tmp_path):
+    folder = request.getfixturevalue(base)
+    trained(ranks2, write_job(tmp_path, folder), tmp_path / "run", *settings)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "run" / "delta").eval()
+    with torch.no_grad():
+        theirs = model(torch.arange(40)[None] % 300).logits[0].numpy()
+    np.testing.assert_allclose(ranks2.run(logits_of_run, str(tmp_path / "run"))[0], theirs, atol=1e-5)
+
+
+def test_rank_stabilised_scaling_is_pefts(llama_base, ranks2, tmp_path):
+    """PEFT's own model with `use_rslora`, given our A and B as they are, gives our logits."""
+    settings = ('methods.0.scaling="sqrt_rank"', "methods.0.rank=5")
+    trained(ranks2, write_job(tmp_path, llama_base), tmp_path / "run", *settings)
+    config = LoraConfig(r=5, lora_alpha=12, target_modules=["q_proj", "v_proj"], use_rslora=True)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_base), config).eval()
+    told = set_peft_model_state_dict(model, load_file(tmp_path / "run" / "delta" / "adapter_model.safetensors"))
+    assert not told.unexpected_keys
+    with torch.no_grad():
+        theirs = model(torch.arange(40)[None] % 300).logits[0].numpy()
+    np.testing.assert_allclose(ranks2.run(logits_of_run, str(tmp_path / "run"))[0], theirs, atol=1e-5)
 
 
 def logits_of_run(ranks, run: str) -> np.ndarray:
