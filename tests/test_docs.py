@@ -38,7 +38,8 @@ def test_every_shipped_job_is_valid(tmp_path, monkeypatch):
         (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
-    jobs = sorted((ROOT / "jobs").rglob("*.toml"))
+    # What several jobs share is no job of its own.
+    jobs = sorted(job for job in (ROOT / "jobs").rglob("*.toml") if job.parent.name != "common")
     assert len(jobs) == 15
     for job in jobs:
         read_job(job)

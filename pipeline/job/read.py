@@ -5,6 +5,7 @@ Paths in a job are relative to the folder the command runs in, as with every she
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -20,6 +21,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
 from pipeline.job.spec import Base, Evaluate, Job, Lora, Memory, Train
 from pipeline.job.task import Mix, SingleTask, Task
+from pipeline.job.toml import EITHER, read_toml
 from pipeline.job.zero import deepspeed_config
 
 if sys.version_info >= (3, 11):
@@ -37,8 +39,6 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 _TASKS: dict[str, type[BaseModel]] = {
     kind: section for section in get_args(get_args(Task)[0]) for kind in get_args(section.model_fields["kind"].annotation)
 }
-_EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
-"""Keys of [train] of which a job has one: `--set` of one takes the place of the file's other."""
 
 
 def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
@@ -51,19 +51,16 @@ def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     Raises:
         JobError: naming file, key, value and repair.
     """
-    if not path.is_file():
-        raise JobError(f"{path}: there is no such job file (looked in {path.absolute().parent}).")
-    try:
-        asked = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: not valid TOML: {error}.") from None
+    files = read_toml(path)
+    asked = copy.deepcopy(files.merged)
     _yield_to(overrides, asked)
     for text in overrides:
         _override(asked, text)
     try:
         job = Job.model_validate(asked)
     except ValidationError as error:
-        raise JobError(f"{path}: {_explain(error, asked)}") from None
+        where = files.origin(_plain_path(error.errors()[0]["loc"], asked))
+        raise JobError(f"{where}: {_explain(error, asked)}") from None
     return _resolve(job, path)
 
 
@@ -114,7 +111,7 @@ def _yield_to(overrides: tuple[str, ...], asked: dict[str, Any]) -> None:
     train = asked.get("train")
     for text in overrides:
         section, _, key = text.partition("=")[0].strip().partition(".")
-        for pair in _EITHER:
+        for pair in EITHER:
             if section == "train" and key in pair and isinstance(train, dict):
                 for other in pair - {key}:
                     train.pop(other, None)

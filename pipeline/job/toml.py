@@ -1,0 +1,96 @@
+"""A job's TOML file -> its keys, with those of the file that it extends underneath.
+
+`extends = "other.toml"` names a file beside this one, or a path from here. Sections are laid over one another key by key; a list, `methods`
+among them, and a section of another kind take the place of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.job.errors import JobError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
+"""Keys of [train] of which a job has one: one of them takes the place of the other in what lies underneath."""
+Keys = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    keys: Keys
+    file: Path
+    under: Asked | None
+    """What this file extends."""
+
+    def origin(self, path: list[str]) -> Path:
+        """The file that gives a key, or the section that lacks it."""
+        place: Any = self.keys
+        for part in path:
+            if not isinstance(place, dict) or part not in place:
+                break
+            place = place[part]
+        else:
+            return self.file
+        return self.under.origin(path) if self.under and self.under.has(path) else self.file
+
+    def has(self, path: list[str]) -> bool:
+        place: Any = self.merged
+        for part in path:
+            if isinstance(place, list):
+                return part.isdigit() and int(part) < len(place)
+            if not isinstance(place, dict) or part not in place:
+                return False
+            place = place[part]
+        return True
+
+    @property
+    def merged(self) -> Keys:
+        """All keys, as one file would have them."""
+        return laid_over(self.under.merged, self.keys) if self.under else self.keys
+
+
+def read_toml(file: Path, above: tuple[Path, ...] = ()) -> Asked:
+    """A job file and those that it extends.
+
+    Raises:
+        JobError: no such file, not TOML, or one that extends itself.
+    """
+    if not file.is_file():
+        looked = f"(looked in {file.absolute().parent})"
+        if above:
+            raise JobError(f'{above[-1]}: extends = "{file}": there is no such file {looked}. Name it as seen from that file.')
+        raise JobError(f"{file}: there is no such job file {looked}.")
+    try:
+        keys = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{file}: not valid TOML: {error}.") from None
+    if "extends" not in keys:
+        return Asked(keys, file, None)
+    named = keys.pop("extends")
+    if not isinstance(named, str):
+        raise JobError(f"{file}: extends = {json.dumps(named, default=str)}: not text. Name one file.")
+    other = file.parent / named
+    if other.resolve() in [place.resolve() for place in (*above, file)]:
+        raise JobError(f'{file}: extends = "{named}": the files extend one another in a circle. Let one of them stand alone.')
+    return Asked(keys, file, read_toml(other, (*above, file)))
+
+
+def laid_over(under: Keys, over: Keys) -> Keys:
+    """One section's keys over another's."""
+    if "kind" in over and over["kind"] != under.get("kind"):
+        return over
+    beaten = {other for pair in EITHER for key in pair & set(over) for other in pair - {key}}
+    found = {key: value for key, value in under.items() if key not in beaten}
+    for key, value in over.items():
+        below = found.get(key)
+        found[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return found
