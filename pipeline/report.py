@@ -12,9 +12,11 @@ from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
 from pipeline.job.metrics import shown
 from pipeline.job.spec import Job
+from pipeline.job.task import Glue
 from pipeline.model.zero3 import shard_bytes
 from pipeline.screen import Screen, size_text
 from pipeline.session import Session, TrainingSet
+from pipeline.tasks.open import sources_of
 from pipeline.train.loop import Course
 
 _SHOWN = 3
@@ -99,13 +101,15 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
     revision = ["--revision", job.base.revision] if job.base.revision else []
     best, early = result.get("best"), result.get("stopped_early", False)
     chosen = run / ("best" if best else "delta")
+    # GLUE keeps the labels of its test splits to itself.
+    split = ["--split", "valid"] if any(isinstance(task, Glue) for task in sources_of(job.task)) else []
     rows = [
         ("time", f"{result['seconds'] or 0:.0f} s for {result['steps']:,} steps"),
         ("loss", "not finite at the last step" if result["loss"] is None else f"{result['loss']:.4f} at the last step"),
         ("peak memory", f"{size_text(result['peak_memory_bytes'] or 0)} on the first rank"),
         ("delta", str(run / "delta")),
         ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(run / "tensorboard")])),
-        ("score it", shlex.join(["zlora", "evaluate", str(run)])),
+        ("score it", shlex.join(["zlora", "evaluate", str(run), *split])),
         ("merge it", shlex.join(["zlora", "merge", job.base.model, str(chosen), *revision, "--out", "MERGED"])),
     ]
     if result["skipped_steps"]:
