@@ -258,7 +258,9 @@ def merge(
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql; cola, ... of GLUE; texts, classification, regression.")],
+    task: Annotated[
+        str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, cola (or another of GLUE), texts, ...")
+    ],
     predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's .jsonl.")],
     references: Annotated[
         Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
