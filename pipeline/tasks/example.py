@@ -11,6 +11,12 @@ from typing import TypeAlias
 from pipeline.job.errors import JobError
 
 
+_REASON = re.compile(r'("[^"]*"|[^(:.]|\.(?! ))*')
+"""Up to a value, an explanation or a repair; names in quotation marks are part of it."""
+ASSISTANT = "assistant"
+"""The role whose turns are learnt."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """One prompt and what should follow it."""
@@ -70,7 +76,10 @@ class Dropped:
 
 def dropped(error: JobError, source: str) -> Dropped:
     """A row left out for what a message says of it, but for place, value and repair: rows with the same fault are counted together."""
-    return Dropped(re.split(r"[(:]|\. ", str(error).removeprefix(f"{source}: "))[0].strip(), source)
+    file, _, _ = source.rpartition(":")
+    found = _REASON.match(re.sub(rf"^{re.escape(file)}:\d+: ", "", str(error)))
+    assert found
+    return Dropped(found[0].strip(), source)
 
 
 @dataclass(frozen=True)
