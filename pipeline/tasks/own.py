@@ -136,7 +136,9 @@ def _example(task: OwnData, row: Row, where: str) -> Example:
             name = str(row[label]) if isinstance(row.get(label), int | bool) else field(row, label, str, where)
             if name not in labels:
                 known = ", ".join(labels)[:400]
-                raise JobError(f'{where}: "{label}" is not one of task.labels ("{name[:80]}", not {known}). Mend the line, or add the label.')
+                raise JobError(
+                    f'{where}: "{label}" is not one of task.labels ("{name[:80]}", not {known}). Mend the line, or add the label.'
+                )
             return Labelled(_texts(row, text, pair, where), float(labels.index(name)), where)
         case Regression(text=text, text_pair=pair, label=label):
             return Labelled(_texts(row, text, pair, where), _number(row, label, where), where)

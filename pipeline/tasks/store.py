@@ -1,7 +1,8 @@
 """Token sequences in files: tokenised once, then mapped into memory by every rank, and read where training looks.
 
 In: a source of examples and the way they are encoded. Out: `Store`, in the folder `tokens/<key>` of the cache: `sequences.arrow` and
-`about.json`. The key is made of all that decides the content: the files' own contents, the task, the tokenizer. What is damaged is made again.
+`about.json`. The key is made of all that decides the content: the files' own contents, the task, the tokenizer.
+What is damaged is made again.
 A rank's private memory holds offsets only; the pages of the file belong to the machine and are shared by its ranks.
 """
 
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.job.errors import JobError
-from pipeline.tasks.example import Dropped, Example, Sequence, Source
+from pipeline.tasks.example import Dropped, Example, Reason, Sequence, Source, count, none_left
 from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import cache_folder, digest_of, sha256_of
 from pipeline.weights.state import DataFile
@@ -47,15 +48,6 @@ _BATCH_ROWS = 1 << 13
 _SAID_EVERY = 256
 Encode = Callable[[Iterable[Example]], Iterator[tuple[Sequence, str]]]
 Progress = Callable[[Iterable[int], int], Iterable[int]]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why examples were left out, how many, and where the first of them is."""
-
-    reason: str
-    count: int
-    first: str
 
 
 @dataclass(frozen=True)
@@ -200,13 +192,12 @@ def _alone(file: Path) -> Iterator[bool]:
 
 
 def _write(folder: Path, source: Source, encode: Encode, what: str, progress: Progress) -> None:
-    dropped: dict[str, tuple[int, str]] = {}
+    dropped: dict[str, Reason] = {}
 
     def kept() -> Iterator[Example]:
         for found in source.read():
             if isinstance(found, Dropped):
-                count, first = dropped.get(found.reason, (0, found.source))
-                dropped[found.reason] = (count + 1, first)
+                count(dropped, found)
             else:
                 yield found
 
@@ -216,11 +207,9 @@ def _write(folder: Path, source: Source, encode: Encode, what: str, progress: Pr
             for _ in progress(_added(writer, encode(kept()), lines), sum(lines.values())):
                 pass
         if not writer.rows:
-            left = "; ".join(f"{count:,} left out: {reason} ({first})" for reason, (count, first) in dropped.items())
-            raise JobError(f"{what} has no examples{f' ({left})' if left else ''}. Give it at least one.")
-        reasons = tuple(Reason(reason, count, first) for reason, (count, first) in dropped.items())
+            raise none_left(what, dropped)
         totals = (writer.longest, writer.total_tokens, writer.total_targets)
-        about = About(writer.files(), tuple(lines), *totals, reasons, sha256_of(partial / _ARROW))
+        about = About(writer.files(), tuple(lines), *totals, tuple(dropped.values()), sha256_of(partial / _ARROW))
         write_json(partial / _ABOUT, asdict(about) | {"files": [file.model_dump() for file in about.files]})
 
 
