@@ -47,7 +47,7 @@ def show_start(
         ),
         ("steps", lengths),
     ]
-    rows += [("left out", f"{reason.count:,} x {reason.reason} (the first: {reason.first})") for reason in data.dropped]
+    rows += [("left out", str(reason)) for reason in data.dropped]
     if data.too_long:
         rows.append(("too long", f"{data.too_long:,} examples: truncated or left out, as task.too_long says"))
     if job.train.dropout:

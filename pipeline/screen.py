@@ -64,9 +64,9 @@ class Screen:
             bar.remove_task(task)
 
     def passing(self, label: str, places: Iterable[int], total: int) -> Iterator[int]:
-        """Iterates over how much of `total` is done, with a bar that goes away in the end."""
+        """Iterates over how much of `total` (0: not known) is done, with a bar that goes away in the end."""
         with self._live(transient=True) as bar:
-            task = bar.add_task(label, total=total, note="")
+            task = bar.add_task(label, total=total or None, note="")
             for place in places:
                 bar.update(task, completed=place)
                 yield place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from pipeline.model.causal import Causal
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
-from pipeline.tasks.example import Labelled, grouped
-from pipeline.tasks.open import content_keys, has_split, named_split, open_split, read_examples, separator_text, sources_of
+from pipeline.tasks.example import Labelled, Reason, Source, grouped
+from pipeline.tasks.open import all_examples, content_keys, has_split, named_split, open_split, separator_text, sources_of
 from pipeline.tasks.order import Stream
 from pipeline.tasks.sequences import Chosen, Joined, Listed, Sequences, fit
-from pipeline.tasks.store import Reason, Store, open_store
+from pipeline.tasks.store import Store, open_store
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.digest import file_digests, sha256_of
@@ -91,7 +91,7 @@ class Session:
         def fetch() -> Store:
             label = f"tokenising {named_split(task, 'train')}"
             return open_store(
-                open_split(task, "train"),
+                self._source(task, "train", encoder),
                 (content_keys(task), encoder.settings, "train"),
                 encoder.sequences,
                 named_split(task, "train"),
@@ -100,6 +100,12 @@ class Session:
 
         self.ranks.watch.at("tokenising", patient=True)
         return one_rank_first(self.ranks, fetch)
+
+    def _source(self, task: SingleTask, split: Split, encoder: Encoder) -> Source:
+        source = open_split(task, split)
+        if isinstance(task, Conversations) and task.bad_rows == "drop":
+            return replace(source, read=lambda: encoder.usable(source.read()))
+        return source
 
     def encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
         separator = separator_text(task, self.tokens.end_text)
@@ -112,7 +118,8 @@ class Session:
         return tuple(self._evaluation(task, split, mixed) for task in sources_of(self.job.task) if has_split(task, split))
 
     def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
-        examples, encoder = read_examples(task, split), self.encoder(task, self.context)
+        encoder = self.encoder(task, self.context)
+        examples, dropped = all_examples(self._source(task, split, encoder), named_split(task, split))
         pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
         if pairs:
             wanted = {prompt.text for prompt in grouped(pairs)[:most]}
@@ -129,7 +136,7 @@ class Session:
         labelled = [example for place in kept if isinstance(example := examples[place], Labelled)]
         sequences = [fitted[place] for place in range(len(fitted))]
         title = titled(task) if mixed else ""
-        return EvaluationSet(title, scored_as(task), split, sequences, prompts, ids, labelled, labels_of(task), too_long)
+        return EvaluationSet(title, scored_as(task), split, sequences, prompts, ids, labelled, labels_of(task), too_long, dropped)
 
     def score(self, data: tuple[EvaluationSet, ...]) -> Scores:
         return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar)

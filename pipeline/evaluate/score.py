@@ -14,7 +14,7 @@ from pipeline.evaluate.measure import measure, perplexity
 from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
-from pipeline.tasks.example import Labelled, Prompt, Sequence
+from pipeline.tasks.example import Labelled, Prompt, Reason, Sequence
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks
 from pipeline.weights.atomic import write_text
@@ -42,6 +42,8 @@ class EvaluationSet:
     """Their names; None: they are numbers."""
     too_long: int
     """Examples that did not fit the context and were cut or left out, as the job says."""
+    dropped: tuple[Reason, ...]
+    """Rows that were left out before, and why."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def _part(data: EvaluationSet, loss: float, predictions: list[Prediction], scrip
         metrics, notes = on_first_rank(ranks, "metrics", lambda: metrics_of(data.kind, texts, groups, script))
     if len(known) < len(predictions):
         notes = [*notes, f"{len(predictions) - len(known):,} labels of the {data.split} split are withheld: predictions, but no scores."]
+    notes = [*notes, *(f"rows of the {data.split} split left out: {reason}" for reason in data.dropped)]
     targets = sum(sequence.targets for sequence in data.sequences)
     if targets:
         metrics = {**metrics, "loss": loss} | ({} if data.labelled else {"perplexity": perplexity(loss)})

@@ -120,6 +120,12 @@ class Conversations(OwnData):
     messages: Text = "messages"
     """The column of the list."""
 
+    @field_validator("separator")
+    @classmethod
+    def _none(cls, separator: str | None) -> None:
+        if separator is not None:
+            raise ValueError(f'"{separator}": the base\'s chat template says what stands between turns. Leave the key out.')
+
 
 class Classification(OwnData):
     """Your own texts and their classes, learnt by a head on the base."""
@@ -155,6 +161,12 @@ class PlainText(OwnData):
     """The column of the text, where the files have columns."""
     document: Literal["file", "paragraph", "line"] = "file"
     """What is one document of a plain text file; blank lines part paragraphs."""
+
+    @field_validator("separator")
+    @classmethod
+    def _none(cls, separator: str | None) -> None:
+        if separator is not None:
+            raise ValueError(f'"{separator}": an end token stands between documents. Leave the key out.')
 
 
 _Single: TypeAlias = E2E | WebNlg | Dart | SamSum | WikiSql | Glue | Pairs | Conversations | Classification | Regression | PlainText

@@ -6,6 +6,7 @@ adds when the turn is there, after the text with which it asks for one. The toke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pipeline.job.errors import JobError
-from pipeline.tasks.example import Chat, Message, Pair, Sequence
+from pipeline.tasks.example import ASSISTANT, Chat, Message, Pair, Sequence
 from pipeline.tasks.tokens import Tokens
 
-ASSISTANT = "assistant"
 Span = tuple[int, int]
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Template:
@@ -30,28 +31,34 @@ class Template:
     def sequences(self, chats: list[Chat]) -> Iterator[tuple[Sequence, str]]:
         """Raises:
         JobError: the base has no template, or it cannot render a conversation so that the assistant's turns are known."""
-        self._require()
-        marks = "{% generation %}" in str(self._tokenizer.get_chat_template()).replace("{%-", "{%").replace("-%}", "%}")
-        for chat in chats:
-            yield (self._marked(chat) if marks else self._found(chat)), chat.source
+        self.require()
+        marked = _MARKS.search(str(self._tokenizer.get_chat_template()))
+        for chat, sequence in zip(chats, map(self._marked, chats) if marked else self._found(chats), strict=True):
+            yield sequence, chat.source
 
     def last_turn(self, chat: Chat) -> Pair:
         """The assistant's last turn as what is to be generated, and all before it, rendered, as its prompt."""
-        self._require()
+        self.require()
         place = max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
         return Pair(self._render(chat, place, ask=True), chat.messages[place].content, chat.source)
 
     def asked(self, text: str) -> str:
         """A user's only turn, rendered, ready to be answered."""
-        self._require()
+        self.require()
         return self._render(Chat((Message("user", text),), "the prompt"), 1, ask=True)
 
-    def _require(self) -> None:
+    def require(self) -> None:
+        """Raises:
+        JobError: the base has no template that can be used."""
         if self._tokenizer.chat_template is None:
             raise JobError(
                 f'{self._tokens.folder}: the base has no chat template, which task.kind = "chat" needs. '
                 "Use an instruct base, or put a chat_template.jinja into the folder."
             )
+        try:
+            self._tokenizer.get_chat_template()
+        except ValueError:
+            raise JobError(f'{self._tokens.folder}: the base has several chat templates, none called "default". Keep one.') from None
         if not self._tokenizer.is_fast:
             raise JobError(f"{self._tokens.folder}: its tokenizer has no fast form (tokenizer.json), which conversations need. Convert it.")
 
@@ -60,12 +67,13 @@ class Template:
         ids, learnt = output["input_ids"], output["assistant_masks"]
         return _sequence(ids, [place for place, mark in enumerate(learnt) if mark], chat)
 
-    def _found(self, chat: Chat) -> Sequence:
-        text = self._render(chat, len(chat.messages))
-        spans = [self._turn(chat, place, text) for place, message in enumerate(chat.messages) if message.role == ASSISTANT]
-        output = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [any(begin <= first < last <= end for begin, end in spans) for first, last in output["offset_mapping"]]
-        return _sequence(output["input_ids"], [place for place, mark in enumerate(inside) if mark], chat)
+    def _found(self, chats: list[Chat]) -> Iterator[Sequence]:
+        texts = [self._render(chat, len(chat.messages)) for chat in chats]
+        output = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for chat, text, ids, offsets in zip(chats, texts, output["input_ids"], output["offset_mapping"], strict=True):
+            spans = [self._turn(chat, place, text) for place, message in enumerate(chat.messages) if message.role == ASSISTANT]
+            inside = [any(begin <= first < last <= end for begin, end in spans) for first, last in offsets]
+            yield _sequence(ids, [place for place, mark in enumerate(inside) if mark], chat)
 
     def _turn(self, chat: Chat, place: int, text: str) -> Span:
         """Characters of a turn, with what the template ends it with; white space behind that is the next turn's."""
@@ -80,6 +88,8 @@ class Template:
         return len(before), len(whole) if only_content and text.startswith(whole) else len(ended)
 
     def _render(self, chat: Chat, turns: int, ask: bool = False) -> str:
+        if not turns:
+            raise JobError(f"{chat.source}: the first turn is the assistant's: nothing asks for it. Put a turn before it.")
         return str(self._apply(chat, turns, tokenize=False, add_generation_prompt=ask))
 
     def _apply(self, chat: Chat, turns: int, **options: Any) -> Any:

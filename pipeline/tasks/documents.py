@@ -1,11 +1,12 @@
 """A plain text file -> its documents: the file, its paragraphs or its lines.
 
-A document longer than a piece is handed on in pieces that end where a line does and the next does not begin with a space, where
-tokenizers part texts too; so a file of any size is read in little memory.
+A document longer than a piece is handed on in pieces, so that a file of any size is read in little memory. A piece begins with the
+space or line feed between two words: there tokenizers part texts, whatever stands before and behind.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Literal
 from pipeline.tasks.example import Document
 from pipeline.tasks.files import lines
 
-_PIECE_CHARACTERS = 1 << 20
+_PIECE_CHARACTERS = 1 << 16
+_CUT = re.compile(r"(?<=[^\W\d_])[ \n](?=[^\W\d_])")
+"""One blank between two letters."""
 
 
 def documents(file: Path, document: Literal["file", "paragraph", "line"]) -> Iterator[Document]:
@@ -33,16 +36,29 @@ def documents(file: Path, document: Literal["file", "paragraph", "line"]) -> Ite
 
 
 def _pieces(file: Path, numbered: Iterator[tuple[int, str]]) -> Iterator[Document]:
-    held: list[str] = []
-    size, first, continued = 0, 1, False
+    held, first, continued = "", 0, False
+    parts: list[str] = []
+    size = 0
     for number, line in numbered:
-        if not held:
-            first = number
-        elif size > _PIECE_CHARACTERS and not line[:1].isspace():
-            yield Document("".join(held), f"{file}:{first}", continued)
-            held, size, first, continued = [], 0, number, True
-        held.append(line)
+        first = first or number
+        parts.append(line)
         size += len(line)
-    text = "".join(held).rstrip("\r\n")
+        # Twice as much each time: text without such a blank is not looked through again and again.
+        if size > max(_PIECE_CHARACTERS, len(held)):
+            *pieces, held = _cut(held + "".join(parts))
+            parts, size = [], 0
+            for piece in pieces:
+                yield Document(piece, f"{file}:{first}", continued)
+                first, continued = first + piece.count("\n"), True
+    text = (held + "".join(parts)).rstrip("\r\n")
     if text.strip():
         yield Document(text, f"{file}:{first}", continued)
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of at least so many characters; what is left is the last."""
+    begin = 0
+    while cut := _CUT.search(text, begin + _PIECE_CHARACTERS):
+        yield text[begin : cut.start()]
+        begin = cut.start()
+    yield text[begin:]

@@ -15,20 +15,32 @@ from pipeline.tasks.example import Chat, Document, Dropped, Example, Labelled, P
 
 
 def held_back(source: Source, fraction: float, seed: int, taken: bool) -> Source:
-    """Those held back (`taken`) or the others. Examples that ask for the same are on the same side: no scored one was learnt."""
+    """Those held back (`taken`) or the others. Examples that ask for the same are on the same side: no scored one was learnt.
+
+    Raises:
+        JobError: while reading: all examples are on the other side.
+    """
 
     def read() -> Iterator[Example | Dropped]:
-        inside = False
+        inside, sides = False, {True: 0, False: 0}
         for example in source.read():
             if isinstance(example, Dropped):
                 # Counted once, where most of its neighbours are.
                 if not taken:
                     yield example
                 continue
-            if not (isinstance(example, Document) and example.continued):
+            if not _goes_on(example):
                 inside = _draw(seed, _asked(example)) < fraction
+                sides[inside] += 1
             if inside == taken:
                 yield example
+        if sides[not taken] and not sides[taken]:
+            what = "none is held back" if taken else "all are held back"
+            raise JobError(
+                f"task.dev_fraction = {fraction}: of {sides[not taken]:,} examples in the training split {what}; those with the same "
+                "prompt stay together, and a document of plain text is one example. Set task.dev_seed or task.dev_fraction to another "
+                'value, task.document = "paragraph", or name a file in task.valid.'
+            )
 
     return replace(source, read=read)
 
@@ -52,7 +64,7 @@ def drawn(source: Source, count: int, seed: int) -> Source:
             if isinstance(example, Dropped):
                 yield example
                 continue
-            place += 1
+            place += not _goes_on(example)
             if place in chosen:
                 yield example
 
@@ -60,8 +72,13 @@ def drawn(source: Source, count: int, seed: int) -> Source:
 
 
 def _lots(source: Source, seed: int) -> Iterator[tuple[float, int]]:
-    examples = (example for example in source.read() if not isinstance(example, Dropped))
+    examples = (example for example in source.read() if not isinstance(example, Dropped) and not _goes_on(example))
     return ((_draw(seed, str(place)), place) for place, _ in enumerate(examples))
+
+
+def _goes_on(example: Example) -> bool:
+    """A piece of the example before it, and where that is."""
+    return isinstance(example, Document) and example.continued
 
 
 def _draw(seed: int, text: str) -> float:

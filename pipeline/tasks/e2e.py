@@ -59,7 +59,7 @@ def _from_csv(file: Path) -> Iterator[Pair]:
     header = next(csv.reader([next(lines(file), (1, ""))[1]]), [])
     if header != ["mr", "ref"]:
         raise JobError(f'{file}:1: the columns are {", ".join(header) or "none"}, not "mr" and "ref". Is this the official file?')
-    for where, read in rows(file, "csv"):
+    for where, read in rows(file, "csv", ("mr", "ref")):
         row = read()
         yield _pair(row["mr"], row["ref"], where)
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
+from typing import TypeVar
 
 from pipeline.job.errors import JobError
 from pipeline.tasks.chat import Template
-from pipeline.tasks.example import Chat, Document, Example, Labelled, Pair, Sequence
+from pipeline.tasks.example import Chat, Document, Dropped, Example, Labelled, Pair, Sequence, dropped
 from pipeline.tasks.tokens import Tokens
 
+AnyExample = TypeVar("AnyExample", bound=Example)
+_WORD = "a"
 _BATCH = 1024
-_DOCUMENTS = 16
-"""Tokenised together; each may be a piece of a million characters."""
+_BATCH_CHARACTERS = 1 << 20
+"""Tokenised together: the tokenizer needs some fifty bytes for each, and all cores."""
 
 
 class Encoder:
@@ -66,8 +69,23 @@ class Encoder:
                 )
             yield sequence, source
 
+    def usable(self, found: Iterable[Example | Dropped]) -> Iterator[Example | Dropped]:
+        """With the conversations left out that the base's template cannot render.
+
+        Raises:
+            JobError: the base has no template.
+        """
+        self._template.require()
+        for example in found:
+            try:
+                if isinstance(example, Chat):
+                    list(self._template.sequences([example]))
+                yield example
+            except JobError as error:
+                yield dropped(error, example.source)
+
     def _encoded(self, examples: Iterator[Example]) -> Iterator[tuple[Sequence, str]]:
-        while batch := list(islice(examples, _BATCH)):
+        for batch in _batches(examples):
             # A task's examples are all of one kind.
             match batch[0]:
                 case Pair():
@@ -97,32 +115,59 @@ class Encoder:
         held: list[int] = []
         sources: list[tuple[int, str]] = []
         """Where in `held` each document begins."""
-        open_document = False
-        for batch in iter(lambda: list(islice(documents, _DOCUMENTS)), []):
-            for document, ids in zip(batch, self._tokens.ids([document.text for document in batch]), strict=True):
+        for batch in _batches(documents):
+            for document, ids in zip(batch, self._running(batch), strict=True):
                 if not document.continued:
-                    held += [self._tokens.end_id] * open_document
+                    held += [self._tokens.end_id] * bool(sources)
                     ids = self._tokens.lead + ids
                 sources.append((len(held), document.source))
                 held += ids
-                open_document = True
-            while len(held) >= self._block:
-                yield self._block_of(held[: self._block]), _source_at(0, sources)
-                del held[: self._block]
-                sources = [(place - self._block, source) for place, source in sources[_last_before(self._block, sources) :]]
-        held += [self._tokens.end_id] * open_document
+            whole = len(held) - len(held) % self._block
+            for first in range(0, whole, self._block):
+                yield self._block_of(held[first : first + self._block], first, sources)
+            held = held[whole:]
+            sources = [(place - whole, source) for place, source in sources[_last_before(whole, sources) :]]
+        held += [self._tokens.end_id] * bool(sources)
         for first in range(0, len(held), self._block):
-            block = held[first : first + self._block]
-            if len(block) > 1:
-                yield self._block_of(block), _source_at(first, sources)
+            # A token alone has nothing that predicts it.
+            if len(held) - first > 1:
+                yield self._block_of(held[first : first + self._block], first, sources)
 
-    def _block_of(self, ids: list[int]) -> Sequence:
-        return Sequence(tuple(ids), ((1, len(ids)),))
+    def _running(self, documents: list[Document]) -> list[list[int]]:
+        """Token ids of each. A piece gets a word before it, which is then cut off: at the start of a text some tokenizers add a blank."""
+        (word,) = self._tokens.ids([_WORD])
+        ids = self._tokens.ids([_WORD * document.continued + document.text for document in documents])
+        return [found[len(word) * document.continued :] for found, document in zip(ids, documents, strict=True)]
+
+    def _block_of(self, ids: list[int], first: int, sources: list[tuple[int, str]]) -> tuple[Sequence, str]:
+        return Sequence(tuple(ids), ((1, len(ids)),)), sources[_last_before(first, sources)][1]
+
+
+def _batches(examples: Iterator[AnyExample]) -> Iterator[list[AnyExample]]:
+    """So many that the tokenizer is busy and memory is not."""
+    batch: list[AnyExample] = []
+    size = 0
+    for example in examples:
+        batch.append(example)
+        size += _characters(example)
+        if len(batch) == _BATCH or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(example: Example) -> int:
+    match example:
+        case Pair(prompt=prompt, completion=completion):
+            return len(prompt) + len(completion)
+        case Chat(messages=messages):
+            return sum(len(message.content) for message in messages)
+        case Labelled(texts=texts):
+            return sum(map(len, texts))
+        case Document(text=text):
+            return len(text)
 
 
 def _last_before(place: int, sources: list[tuple[int, str]]) -> int:
     return max(0, bisect(sources, place, key=lambda found: found[0]) - 1)
-
-
-def _source_at(place: int, sources: list[tuple[int, str]]) -> str:
-    return sources[_last_before(place, sources)][1]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from pipeline.job.errors import JobError
+
+_REASON = re.compile(r'("[^"]*"|[^(:.]|\.(?! ))*')
+"""Up to a value, an explanation or a repair; names in quotation marks are part of it."""
+ASSISTANT = "assistant"
+"""The role whose turns are learnt."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,34 @@ class Dropped:
 
 def dropped(error: JobError, source: str) -> Dropped:
     """A row left out for what a message says of it, but for place, value and repair: rows with the same fault are counted together."""
-    return Dropped(re.split(r"[(:]|\. ", str(error).removeprefix(f"{source}: "))[0].strip(), source)
+    file, _, _ = source.rpartition(":")
+    found = _REASON.match(re.sub(rf"^{re.escape(file)}:\d+: ", "", str(error)))
+    assert found
+    return Dropped(found[0].strip(), source)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why examples were left out, how many, and where the first of them is."""
+
+    reason: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} x {self.reason} (the first: {self.first})"
+
+
+def count(reasons: dict[str, Reason], found: Dropped) -> None:
+    """Adds one to those that were left out."""
+    before = reasons.get(found.reason, Reason(found.reason, 0, found.source))
+    reasons[found.reason] = replace(before, count=before.count + 1)
+
+
+def none_left(what: str, reasons: dict[str, Reason]) -> JobError:
+    """A split without examples."""
+    left = f" (left out: {'; '.join(map(str, reasons.values()))})" if reasons else ""
+    return JobError(f"{what} has no examples{left}. Give it at least one.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.job.errors import JobError
 from pipeline.job.section import Split
 from pipeline.job.task import E2E, Conversations, Dart, Glue, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
 from pipeline.tasks.dart import HUB as DART_HUB
@@ -10,7 +9,7 @@ from pipeline.tasks.dart import open_dart
 from pipeline.tasks.draw import drawn, held_back
 from pipeline.tasks.e2e import HUB as E2E_HUB
 from pipeline.tasks.e2e import open_e2e
-from pipeline.tasks.example import Dropped, Example, Source
+from pipeline.tasks.example import Dropped, Example, Reason, Source, count, none_left
 from pipeline.tasks.glue import glue_copies, open_glue
 from pipeline.tasks.hub import HubCopy
 from pipeline.tasks.own import open_own, split_files
@@ -73,10 +72,25 @@ def read_examples(task: SingleTask, split: Split) -> list[Example]:
     Raises:
         JobError: the split is not there, is malformed or empty.
     """
-    examples = [found for found in open_split(task, split).read() if not isinstance(found, Dropped)]
+    return all_examples(open_split(task, split), named_split(task, split))[0]
+
+
+def all_examples(source: Source, what: str) -> tuple[list[Example], tuple[Reason, ...]]:
+    """All examples of a source, in file order, and what was left out.
+
+    Args:
+        what: the split, for messages.
+    """
+    examples: list[Example] = []
+    reasons: dict[str, Reason] = {}
+    for found in source.read():
+        if isinstance(found, Dropped):
+            count(reasons, found)
+        else:
+            examples.append(found)
     if not examples:
-        raise JobError(f"{named_split(task, split)} has no examples. Give it at least one.")
-    return examples
+        raise none_left(what, reasons)
+    return examples, tuple(reasons.values())
 
 
 def named_split(task: SingleTask, split: Split) -> str:

@@ -14,7 +14,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.section import Split
 from pipeline.job.task import Classification, Conversations, OwnData, Pairs, PlainText, Regression
 from pipeline.tasks.documents import documents
-from pipeline.tasks.example import Chat, Document, Dropped, Example, Labelled, Message, Pair, Source, dropped
+from pipeline.tasks.example import ASSISTANT, Chat, Document, Dropped, Example, Labelled, Message, Pair, Source, dropped
 from pipeline.tasks.json_rows import Row, as_object, field
 from pipeline.tasks.rows import FORMATS, Format, rows
 
@@ -39,6 +39,7 @@ def open_own(task: OwnData, split: Split) -> Source:
     for file in files:
         if not file.is_file():
             raise JobError(f"{file}: not a file. Name a file of the {split} split.")
+        _format(task, file)
     return Source(files, lambda: _read(task, files))
 
 
@@ -79,6 +80,8 @@ def _endings(task: OwnData) -> tuple[str, ...]:
             return tuple(ending for ending, form in FORMATS.items() if form == kind)
         case PlainText():
             return tuple(FORMATS)
+        case Conversations():
+            return tuple(ending for ending, form in FORMATS.items() if form not in ("txt", "csv"))
         case _:
             return tuple(ending for ending, form in FORMATS.items() if form != "txt")
 
@@ -97,13 +100,27 @@ def _read(task: OwnData, files: tuple[Path, ...]) -> Iterator[Example | Dropped]
         if isinstance(task, PlainText) and form == "txt":
             yield from documents(file, task.document)
             continue
-        for where, row in rows(file, form):
+        for where, row in rows(file, form, _columns(task)):
             try:
                 yield _example(task, row(), where)
             except JobError as error:
                 if task.bad_rows == "refuse":
                     raise
                 yield dropped(error, where)
+
+
+def _columns(task: OwnData) -> tuple[str, ...]:
+    match task:
+        case Pairs(prompt=prompt, completion=completion):
+            return prompt, completion
+        case Conversations(messages=messages):
+            return (messages,)
+        case Classification(text=text, text_pair=pair, label=label) | Regression(text=text, text_pair=pair, label=label):
+            return (text, label) if pair is None else (text, pair, label)
+        case PlainText(text=text):
+            return (text,)
+        case _:
+            raise AssertionError(f"no columns of {task.kind}")
 
 
 def _example(task: OwnData, row: Row, where: str) -> Example:
@@ -114,11 +131,14 @@ def _example(task: OwnData, row: Row, where: str) -> Example:
                 raise JobError(f'{where}: "{completion}" is empty: there is nothing to learn. Mend or remove the line.')
             return found
         case Conversations(messages=messages):
-            return Chat(tuple(_message(part, where) for part in field(row, messages, list, where)), where)
+            return _chat(tuple(_message(part, where) for part in field(row, messages, list, where)), where)
         case Classification(text=text, text_pair=pair, label=label, labels=labels):
             name = str(row[label]) if isinstance(row.get(label), int | bool) else field(row, label, str, where)
             if name not in labels:
-                raise JobError(f'{where}: "{name[:80]}" is not one of task.labels ({", ".join(labels)}). Mend the line, or add the label.')
+                known = ", ".join(labels)[:400]
+                raise JobError(
+                    f'{where}: "{label}" is not one of task.labels ("{name[:80]}", not {known}). Mend the line, or add the label.'
+                )
             return Labelled(_texts(row, text, pair, where), float(labels.index(name)), where)
         case Regression(text=text, text_pair=pair, label=label):
             return Labelled(_texts(row, text, pair, where), _number(row, label, where), where)
@@ -134,6 +154,15 @@ def _example(task: OwnData, row: Row, where: str) -> Example:
 def _message(part: object, where: str) -> Message:
     message = as_object(part, where)
     return Message(field(message, "role", str, where), field(message, "content", str, where))
+
+
+def _chat(messages: tuple[Message, ...], where: str) -> Chat:
+    answers = [message for message in messages if message.role == ASSISTANT]
+    if not answers:
+        raise JobError(f'{where}: no turn has the role "{ASSISTANT}": there is nothing to learn. Mend or remove the line.')
+    if not all(answer.content.strip() for answer in answers):
+        raise JobError(f"{where}: an answer of the assistant's is empty: there is nothing to learn. Mend or remove the line.")
+    return Chat(messages, where)
 
 
 def _texts(row: Row, text: str, pair: str | None, where: str) -> tuple[str, ...]:

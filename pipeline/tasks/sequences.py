@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, Protocol
 
+import numpy as np
+
 from pipeline.job.errors import JobError
 from pipeline.tasks.example import Sequence
 
@@ -26,6 +28,9 @@ class Sequences(Protocol):
 
     def source(self, index: int) -> str:
         """File and line, for messages."""
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sequence: [examples]."""
 
     @property
     def longest(self) -> int:
@@ -54,9 +59,12 @@ class Listed:
     def source(self, index: int) -> str:
         return self.sources[index]
 
+    def lengths(self) -> np.ndarray:
+        return np.array([len(sequence) for sequence in self.sequences])
+
     @property
     def longest(self) -> int:
-        return max(map(len, self.sequences))
+        return int(self.lengths().max())
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,9 @@ class Truncated:
     def source(self, index: int) -> str:
         return self.whole.source(index)
 
+    def lengths(self) -> np.ndarray:
+        return np.minimum(self.whole.lengths(), self.max_tokens)
+
     @property
     def longest(self) -> int:
         return min(self.whole.longest, self.max_tokens)
@@ -91,26 +102,30 @@ class Chosen:
     """Some of a split."""
 
     whole: Sequences
-    kept: list[int]
+    kept: np.ndarray
+    """Their indices."""
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> Sequence:
-        return self.whole[self.kept[index]]
+        return self.whole[int(self.kept[index])]
 
     def tokens(self, index: int) -> int:
-        return self.whole.tokens(self.kept[index])
+        return self.whole.tokens(int(self.kept[index]))
 
     def targets(self, index: int) -> int:
-        return self.whole.targets(self.kept[index])
+        return self.whole.targets(int(self.kept[index]))
 
     def source(self, index: int) -> str:
-        return self.whole.source(self.kept[index])
+        return self.whole.source(int(self.kept[index]))
+
+    def lengths(self) -> np.ndarray:
+        return self.whole.lengths()[self.kept]
 
     @property
     def longest(self) -> int:
-        return max(map(self.whole.tokens, self.kept))
+        return int(self.lengths().max())
 
 
 class Joined:
@@ -142,6 +157,9 @@ class Joined:
         part, place = self._at(index)
         return part.source(place)
 
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([part.lengths() for part in self._parts])
+
     @property
     def longest(self) -> int:
         return max(part.longest for part in self._parts)
@@ -158,19 +176,19 @@ def fit(whole: Sequences, max_tokens: int, too_long: Literal["refuse", "truncate
     """
     if whole.longest <= max_tokens:
         return whole, 0
-    over = [index for index in range(len(whole)) if whole.tokens(index) > max_tokens]
+    lengths = whole.lengths()
+    over = np.flatnonzero(lengths > max_tokens)
     if too_long == "refuse":
-        worst = max(over, key=whole.tokens)
+        first, worst = int(over[0]), int(lengths.argmax())
         raise JobError(
-            f"{whole.source(over[0])}: {whole.tokens(over[0])} tokens, more than the {max_tokens} that fit; {len(over)} of "
-            f"{len(whole)} examples are too long, the longest {whole.tokens(worst)} ({whole.source(worst)}). "
+            f"{whole.source(first)}: {lengths[first]} tokens, more than the {max_tokens} that fit; {len(over)} of "
+            f"{len(whole)} examples are too long, the longest {lengths[worst]} ({whole.source(worst)}). "
             'Set task.too_long = "truncate" or "drop", or shorten them.'
         )
     if too_long == "truncate":
         return Truncated(whole, max_tokens), len(over)
-    left_out = set(over)
-    kept = [index for index in range(len(whole)) if index not in left_out]
-    if not kept:
+    kept = np.flatnonzero(lengths <= max_tokens)
+    if not len(kept):
         raise JobError(f"{whole.source(0)}: every example is longer than the {max_tokens} tokens that fit. Shorten them.")
     return Chosen(whole, kept), len(over)
 

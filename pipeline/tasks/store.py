@@ -2,6 +2,7 @@
 
 In: a source of examples and the way they are encoded. Out: `Store`, in the folder `tokens/<key>` of the cache: `sequences.arrow` and
 `about.json`. The key is made of all that decides the content: the files' own contents, the task, the tokenizer.
+What is damaged is made again.
 A rank's private memory holds offsets only; the pages of the file belong to the machine and are shared by its ranks.
 """
 
@@ -11,10 +12,11 @@ import errno
 import fcntl
 import hashlib
 import json
-from array import array
+import os
+import shutil
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,12 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.job.errors import JobError
-from pipeline.tasks.example import Dropped, Example, Sequence, Source
+from pipeline.tasks.example import Dropped, Example, Reason, Sequence, Source, count, none_left
 from pipeline.weights.atomic import new_folder, write_json
-from pipeline.weights.digest import cache_folder, digest_of
+from pipeline.weights.digest import cache_folder, digest_of, sha256_of
 from pipeline.weights.state import DataFile
 
 _VERSION = 1
+_ARROW, _ABOUT = "sequences.arrow", "about.json"
 _SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),
@@ -48,15 +51,6 @@ Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why examples were left out, how many, and where the first of them is."""
-
-    reason: str
-    count: int
-    first: str
-
-
-@dataclass(frozen=True)
 class About:
     files: tuple[DataFile, ...]
     """What is in it, by content: in the order of the examples."""
@@ -66,6 +60,8 @@ class About:
     total_tokens: int
     total_targets: int
     dropped: tuple[Reason, ...]
+    sha256: str
+    """Of `sequences.arrow`."""
 
 
 class Store:
@@ -74,7 +70,7 @@ class Store:
     def __init__(self, folder: Path, names: dict[str, str] | None = None) -> None:
         """`names`: what the files are called now, where they had other names when it was written."""
         self.about = _about(folder, names or {})
-        self._file = pa.ipc.open_file(pa.memory_map(str(folder / "sequences.arrow")))
+        self._file = pa.ipc.open_file(pa.memory_map(str(folder / _ARROW)))
         self._batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._files = [file.file for file in self.about.files]
@@ -132,62 +128,94 @@ def open_store(source: Source, settings: object, encode: Encode, what: str, prog
         JobError: malformed or no examples; a cache that cannot be written.
     """
     names = [str(file) for file in source.files]
-    contents = [digest_of(file) for file in source.files]
+    contents = [(digest_of(file), file.suffix) for file in source.files]
     key = hashlib.sha256(repr((_VERSION, contents, source.version, settings)).encode()).hexdigest()
     folder = cache_folder() / "tokens" / key[:40]
-    if not (folder / "about.json").is_file():
+    if store := _whole(folder, names):
+        return store
+    with ExitStack() as held:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(folder.with_suffix(".lock")):
-                if not (folder / "about.json").is_file():
-                    _write(folder, source, encode, what, progress)
+            locked = held.enter_context(_alone(folder.with_suffix(".lock")))
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
             raise JobError(
                 f"{folder.parent}: tokens cannot be kept here ({error.strerror}). Set XDG_CACHE_HOME to another folder."
             ) from None
-    return Store(folder, dict(zip(_about(folder, {}).read, names, strict=True)))
+        if store := _whole(folder, names):
+            return store
+        if locked:
+            for left in folder.parent.glob(f".{folder.name}.*"):  # by writers that were killed
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            _write(folder, source, encode, what, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise JobError(f"{folder}: {os.strerror(error.errno)}. Make room, or set XDG_CACHE_HOME to another folder.") from None
+        return Store(folder)
+
+
+def _whole(folder: Path, names: list[str]) -> Store | None:
+    """What is in the cache, if it is there and as it was written.
+
+    Args:
+        names: what the source's files are called now.
+    """
+    try:
+        about = _about(folder, {})
+        # Looked at again only where the file has changed since.
+        if digest_of(folder / _ARROW) == about.sha256:
+            return Store(folder, dict(zip(about.read, names, strict=True)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        pass
+    return None
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    with file.open("w") as stream:
-        # Where there are no locks several may write, each whole, and the last one stays.
-        with suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-    file.unlink(missing_ok=True)
+def _alone(file: Path) -> Iterator[bool]:
+    """False where there are no locks: then several may write, each whole, and the last one stays."""
+    while True:
+        with file.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                locked = True
+            except OSError:
+                locked = False
+            # Whoever had it has removed it: a lock on a file without a name keeps nobody out.
+            if locked and not (file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))):
+                continue
+            try:
+                yield locked
+            finally:
+                file.unlink(missing_ok=True)
+            return
 
 
 def _write(folder: Path, source: Source, encode: Encode, what: str, progress: Progress) -> None:
-    dropped: dict[str, tuple[int, str]] = {}
+    dropped: dict[str, Reason] = {}
 
     def kept() -> Iterator[Example]:
         for found in source.read():
             if isinstance(found, Dropped):
-                count, first = dropped.get(found.reason, (0, found.source))
-                dropped[found.reason] = (count + 1, first)
+                count(dropped, found)
             else:
                 yield found
 
+    lines = {str(file): _lines(file) for file in source.files}
     with new_folder(folder, replace=True) as partial:
-        writer = _Writer(partial / "sequences.arrow")
-        with writer:
-            for _ in progress(_added(writer, encode(kept()), source), sum(map(_lines, source.files))):
+        with _Writer(partial / _ARROW) as writer:
+            for _ in progress(_added(writer, encode(kept()), lines), sum(lines.values())):
                 pass
         if not writer.rows:
-            left = "; ".join(f"{count:,} left out: {reason} ({first})" for reason, (count, first) in dropped.items())
-            raise JobError(f"{what} has no examples{f' ({left})' if left else ''}. Give it at least one.")
-        reasons = tuple(Reason(reason, count, first) for reason, (count, first) in dropped.items())
-        read = tuple(map(str, source.files))
-        about = About(writer.files(), read, writer.longest, writer.total_tokens, writer.total_targets, reasons)
-        write_json(partial / "about.json", asdict(about) | {"files": [file.model_dump() for file in about.files]})
+            raise none_left(what, dropped)
+        totals = (writer.longest, writer.total_tokens, writer.total_targets)
+        about = About(writer.files(), tuple(lines), *totals, tuple(dropped.values()), sha256_of(partial / _ARROW))
+        write_json(partial / _ABOUT, asdict(about) | {"files": [file.model_dump() for file in about.files]})
 
 
-def _added(writer: _Writer, sequences: Iterator[tuple[Sequence, str]], source: Source) -> Iterator[int]:
-    """Writes; says now and then how many lines of the source are done."""
-    before = dict(zip(map(str, source.files), accumulate(map(_lines, source.files), initial=0), strict=False))
+def _added(writer: _Writer, sequences: Iterator[tuple[Sequence, str]], lines: dict[str, int]) -> Iterator[int]:
+    """Writes; says now and then how many lines of the source's files are done."""
+    before = dict(zip(lines, accumulate(lines.values(), initial=0), strict=False))
     for number, (sequence, place) in enumerate(sequences):
         writer.add(sequence, place)
         if number % _SAID_EVERY == 0:
@@ -196,7 +224,9 @@ def _added(writer: _Writer, sequences: Iterator[tuple[Sequence, str]], source: S
 
 
 def _lines(file: Path) -> int:
-    """Lines of a text file, rows of a Parquet file: what places count."""
+    """Lines of a text file, rows of a Parquet file: what places count. 0: not known."""
+    if file.suffix == ".arrow":
+        return 0
     if file.suffix == ".parquet":
         with suppress(pa.ArrowException):  # whoever reads it says so better
             return int(pq.read_metadata(file).num_rows)
@@ -208,7 +238,10 @@ class _Writer:
     def __init__(self, file: Path) -> None:
         self._sink = pa.OSFile(str(file), "wb")
         self._out = pa.ipc.new_file(self._sink, _SCHEMA)
-        self._columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
+        self._tokens: list[np.ndarray] = []
+        self._spans: list[list[int]] = []
+        self._rows: list[tuple[float | None, int, int, int]] = []
+        """Of each sequence: label, targets, number of its file, line."""
         self._hashes: dict[str, hashlib._Hash] = {}
         self._counts: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
@@ -218,25 +251,30 @@ class _Writer:
     def __enter__(self) -> _Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._out.close()
-        self._sink.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._out.close()
+        finally:
+            self._sink.close()
 
     def add(self, sequence: Sequence, source: str) -> None:
         file, _, line = source.rpartition(":")
+        tokens = np.array(sequence.tokens, np.int32)
         spans = [place for span in sequence.spans for place in span]
-        values = (np.asarray(sequence.tokens, np.int32), spans, sequence.label, sequence.targets, self._number(file), int(line))
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
-        self._hashes[file].update(array("q", (len(sequence), *spans, *sequence.tokens)).tobytes() + repr(sequence.label).encode())
+        targets = sequence.targets
+        self._tokens.append(tokens)
+        self._spans.append(spans)
+        self._rows.append((sequence.label, targets, self._number(file), int(line)))
+        self._hashes[file].update(repr((len(tokens), spans, sequence.label)).encode() + tokens.tobytes())
         self._counts[file] += 1
         self.rows += 1
-        self.longest = max(self.longest, len(sequence))
-        self.total_tokens += len(sequence)
-        self.total_targets += sequence.targets
-        self._held += len(sequence)
-        if self._held >= _BATCH_TOKENS or len(self._columns["file"]) >= _BATCH_ROWS:
+        self.longest = max(self.longest, len(tokens))
+        self.total_tokens += len(tokens)
+        self.total_targets += targets
+        self._held += len(tokens)
+        if self._held >= _BATCH_TOKENS or len(self._rows) >= _BATCH_ROWS:
             self._flush()
 
     def files(self) -> tuple[DataFile, ...]:
@@ -248,14 +286,21 @@ class _Writer:
         return self._numbers[file]
 
     def _flush(self) -> None:
-        if self._columns["file"]:
-            self._out.write_batch(pa.record_batch([pa.array(self._columns[f.name], f.type) for f in _SCHEMA], schema=_SCHEMA))
-            self._columns = {name: [] for name in _SCHEMA.names}
-            self._held = 0
+        if self._rows:
+            lists = [_lists(self._tokens), _lists([np.array(spans, np.int32) for spans in self._spans])]
+            fields = list(_SCHEMA)[2:]
+            single = [pa.array(values, f.type) for values, f in zip(zip(*self._rows, strict=True), fields, strict=True)]
+            self._out.write_batch(pa.record_batch([*lists, *single], schema=_SCHEMA))
+            self._tokens, self._spans, self._rows, self._held = [], [], [], 0
+
+
+def _lists(values: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(values))
 
 
 def _about(folder: Path, names: dict[str, str]) -> About:
-    fields = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    fields = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     files = tuple(DataFile(**file | {"file": names.get(file["file"], file["file"])}) for file in fields.pop("files"))
     dropped = tuple(Reason(**reason | {"first": _renamed(reason["first"], names)}) for reason in fields.pop("dropped"))
     return About(files=files, dropped=dropped, **fields | {"read": tuple(fields["read"])})

@@ -58,7 +58,14 @@ class Tokens:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Of each text, with no special tokens added."""
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        if not self.tokenizer.is_fast:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        fast = self.tokenizer.backend_tokenizer
+        fast.no_truncation()
+        fast.no_padding()
+        fast.encode_special_tokens = self.tokenizer.split_special_tokens
+        # transformers' own call works out where each token stands in the text, too.
+        return [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def text(self, ids: list[int], end_ids: tuple[int, ...]) -> str:
         """Generated ids as text, up to the first end token."""
