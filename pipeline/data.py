@@ -7,7 +7,7 @@ training's, or are written there, so that training starts with them.
 from __future__ import annotations
 
 import logging
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     if most >= edges[-1]:
         edges.append(most + 1)
     found = np.histogram(lengths, edges)[0].tolist()
-    return [{"from": first, "to": end - 1, "examples": many} for first, end, many in zip(edges, edges[1:], found, strict=False)]
+    return [{"from": first, "to": end - 1, "examples": many} for (first, end), many in zip(pairwise(edges), found, strict=True)]
 
 
 def _labels(task: SingleTask, store: Store) -> dict[str, Any] | None:
