@@ -20,8 +20,8 @@ from pipeline.evaluate.gather import choose
 from pipeline.evaluate.generate import generate
 from pipeline.job.spec import Evaluate
 from pipeline.job.zero import deepspeed_config
-from pipeline.model.build import read_config
 from pipeline.model.causal import Causal
+from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.train.engine import Engine, Ranks, join_ranks, leave_ranks
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.job.zero import deepspeed_config
-from pipeline.model.build import read_config
+from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.train.engine import Ranks, join_ranks, leave_ranks
 

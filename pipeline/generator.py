@@ -22,8 +22,9 @@ from pipeline.job.spec import Decoding, Dtype
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.files import refuse_other_base
 from pipeline.methods.stored import attach_stored
-from pipeline.model.build import TORCH_DTYPES, read_config, require_dtype
+from pipeline.model.build import TORCH_DTYPES, require_dtype
 from pipeline.model.causal import Causal
+from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder

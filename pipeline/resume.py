@@ -21,7 +21,8 @@ from pipeline.train.board import read_rows
 from pipeline.train.engine import Ranks
 from pipeline.train.environment import started_by
 from pipeline.weights.delta import read_delta
-from pipeline.weights.state import Best, DataFile, Progress, Record, newest_state
+from pipeline.weights.record import DataFile
+from pipeline.weights.state import Best, Progress, Record, newest_state
 
 
 @dataclass(frozen=True)

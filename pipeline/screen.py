@@ -45,12 +45,17 @@ class Screen:
         if self._out:
             print(json.dumps(value, ensure_ascii=False), file=self._out, flush=True)
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+    @property
+    def coloured(self) -> bool:
+        """Whether colours and styles are seen."""
+        return self._console.color_system is not None and not self._console.no_color
+
+    def table(self, title: str, rows: Iterable[tuple[str, str | Text]]) -> None:
         """Two columns: what, and its value."""
         # Text, not str: brackets in data and paths must not be read as markup.
         table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
         for name, value in rows:
-            table.add_row(Text(f"  {name}"), Text(value))
+            table.add_row(Text(f"  {name}"), value if isinstance(value, Text) else Text(value))
         self._console.print(table)
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,24 +13,26 @@ from pipeline.job.labels import labels_of
 from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
-from pipeline.job.task import Conversations, Mix, PlainText, SingleTask, titled
+from pipeline.job.task import Mix, SingleTask, titled
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
-from pipeline.model.build import checkpointed, read_config, require_dtype
+from pipeline.model.build import checkpointed, require_dtype
 from pipeline.model.causal import Causal
+from pipeline.model.config import read_config
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
-from pipeline.tasks.example import Labelled, Reason, Source, grouped
-from pipeline.tasks.open import all_examples, content_keys, has_split, named_split, open_split, separator_text, sources_of
+from pipeline.tasks.example import Labelled, Reason, grouped
+from pipeline.tasks.open import all_examples, has_split, named_split, sources_of
 from pipeline.tasks.order import Stream
+from pipeline.tasks.prepare import encoder_of, source_of, split_store, stream_of
 from pipeline.tasks.sequences import Chosen, Joined, Listed, Sequences, fit
-from pipeline.tasks.store import Store, open_store
+from pipeline.tasks.store import Store
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.digest import file_digests, sha256_of
 from pipeline.weights.hub import local_base
-from pipeline.weights.state import DataFile
+from pipeline.weights.record import DataFile
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,9 @@ class Session:
         stores = [self._store(task, limit) for task in tasks]
         fitted = [fit(store, limit, task.too_long) for store, task in zip(stores, tasks, strict=True)]
         parts = [part for part, _ in fitted]
-        stream = Stream(tuple(map(len, parts)), self.job.train.seed, tuple(task.weight for task in tasks))
         return TrainingSet(
             parts[0] if len(parts) == 1 else Joined(parts),
-            stream,
+            stream_of(tasks, parts, self.job.train.seed),
             tuple(file for store in stores for file in store.about.files),
             sum(over for _, over in fitted),
             tuple(reason for store in stores for reason in store.about.dropped),
@@ -86,31 +87,11 @@ class Session:
 
     def _store(self, task: SingleTask, limit: int) -> Store:
         """The training split's tokens: from the cache, or made by one rank of each machine."""
-        encoder = self.encoder(task, limit)
-
-        def fetch() -> Store:
-            label = f"tokenising {named_split(task, 'train')}"
-            return open_store(
-                self._source(task, "train", encoder),
-                (content_keys(task), encoder.settings, "train"),
-                encoder.sequences,
-                named_split(task, "train"),
-                lambda places, total: self.screen.passing(label, places, total),
-            )
-
         self.ranks.watch.at("tokenising", patient=True)
-        return one_rank_first(self.ranks, fetch)
-
-    def _source(self, task: SingleTask, split: Split, encoder: Encoder) -> Source:
-        source = open_split(task, split)
-        if isinstance(task, Conversations) and task.bad_rows == "drop":
-            return replace(source, read=lambda: encoder.usable(source.read()))
-        return source
+        return one_rank_first(self.ranks, lambda: split_store(task, "train", self.encoder(task, limit), self.screen))
 
     def encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
-        separator = separator_text(task, self.tokens.end_text)
-        block = block_tokens if isinstance(task, PlainText) else 0
-        return Encoder(self.tokens, separator, block, self.vocabulary, isinstance(task, Conversations))
+        return encoder_of(task, self.tokens, self.vocabulary, block_tokens)
 
     def evaluation(self, split: Split) -> tuple[EvaluationSet, ...]:
         """A split as it is scored, of each task that has it: `train.max_tokens` does not bind it."""
@@ -119,7 +100,7 @@ class Session:
 
     def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
         encoder = self.encoder(task, self.context)
-        examples, dropped = all_examples(self._source(task, split, encoder), named_split(task, split))
+        examples, dropped = all_examples(source_of(task, split, encoder), named_split(task, split))
         pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
         if pairs:
             wanted = {prompt.text for prompt in grouped(pairs)[:most]}

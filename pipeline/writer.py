@@ -29,7 +29,8 @@ from pipeline.train.saver import Saver
 from pipeline.train.step import Stepper
 from pipeline.weights.atomic import write_json, write_text
 from pipeline.weights.digest import base_digest
-from pipeline.weights.state import Best, DataFile, Progress, Record, State, tidy, write_state
+from pipeline.weights.record import DataFile
+from pipeline.weights.state import Best, Progress, Record, State, tidy, write_state
 
 _BASE_PATIENCE_S = 10.0
 

@@ -93,7 +93,7 @@ def test_check_loads_nothing_that_a_login_node_lacks(tmp_path):
 
 
 def test_help_lists_every_command(zlora):
-    assert {"check", "fetch", "train", "evaluate", "generate", "score", "merge"} <= set(COMMANDS)
+    assert {"check", "fetch", "data", "train", "evaluate", "generate", "score", "merge"} <= set(COMMANDS)
     code, out, error = zlora("--help")
     assert (code, error) == (0, "")
     assert all(re.search(rf"^ +{name} +\S", out, re.MULTILINE) for name in COMMANDS)
@@ -140,7 +140,7 @@ BAD_JOBS = {
 }
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("command", ["check", "data", "train"])
 @pytest.mark.parametrize(("text", "options", "parts"), BAD_JOBS.values(), ids=BAD_JOBS)
 def test_a_bad_job_is_one_line_with_place_value_and_repair(refused, tmp_path, command, text, options, parts):
     write_job(tmp_path, text)
@@ -149,7 +149,7 @@ def test_a_bad_job_is_one_line_with_place_value_and_repair(refused, tmp_path, co
         assert part in error
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("command", ["check", "data", "train"])
 def test_a_job_that_is_not_there_is_one_line(refused, tmp_path, command):
     assert "gone.toml: there is no such job file" in refused(command, "gone.toml")
     assert str(tmp_path) in refused(command, "gone.toml")

@@ -13,6 +13,7 @@ from typer.main import get_command
 from pipeline.cli import app
 from pipeline.job.read import read_job
 from pipeline.job.task import Task
+from pipeline.tasks.open import read_examples, sources_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,13 +25,32 @@ def test_the_page_of_job_keys_is_the_code(monkeypatch):
     assert (ROOT / "docs" / "jobs.md").read_text() == maker.page(), "run: python docs/make_jobs.py"
 
 
-def test_the_page_of_tasks_has_every_kind():
-    page = (ROOT / "docs" / "tasks.md").read_text()
-    kinds = [get_args(task.model_fields["kind"].annotation)[0] for task in get_args(get_args(Task)[0])]
-    assert len(kinds) == 6
-    assert sorted(re.findall(r"^## `(\w+)`$", page, re.MULTILINE)) == sorted(kinds)
+def test_the_pages_of_tasks_and_data_have_every_kind():
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("tasks.md", "data.md"))
+    kinds = [kind for task in get_args(get_args(Task)[0]) for kind in get_args(task.model_fields["kind"].annotation)]
+    assert len(kinds) == 14
+    titles = re.findall(r"^## (`.+`)$", page, re.MULTILINE)
+    assert sorted(kind for title in titles for kind in re.findall(r"`(\w+)`", title)) == sorted(kinds)
     for job in re.findall(r"jobs/\w+/\w+\.toml", page):
         assert (ROOT / job).is_file(), job
+
+
+def test_the_rows_of_the_page_of_data_are_read_by_the_jobs_beside_them(tmp_path, monkeypatch):
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    head, read = '[base]\nmodel = "gpt2"\n[[methods]]\nkind = "lora"\n', 0
+    for section in (ROOT / "docs" / "data.md").read_text().split("\n## `")[1:]:
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```$", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+        (job,) = (text for form, text in blocks if form == "toml")
+        for form, rows in [block for block in blocks if block[0] != "toml"] or [("jsonl", '{"prompt": "a", "completion": "b"}\n')]:
+            file = tmp_path / "data" / "mine" / f"train.{form}"
+            file.write_text(rows)
+            Path("job.toml").write_text(head + (job.replace('kind = "jsonl"', 'kind = "csv"') if form in ("csv", "tsv") else job))
+            for task in sources_of(read_job(Path("job.toml")).task):
+                assert read_examples(task, "train"), (section, form)
+                read += 1
+            file.unlink()
+    assert read == 11
 
 
 def test_every_shipped_job_is_valid(tmp_path, monkeypatch):
@@ -103,7 +123,7 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
         assert f"`pipeline/{room}/`" in readme
     pages = index + (ROOT / "docs" / "generate.md").read_text()
     commands = get_command(app).commands
-    assert set(commands) == {"check", "fetch", "train", "evaluate", "generate", "score", "merge"}
+    assert set(commands) == {"check", "fetch", "data", "train", "evaluate", "generate", "score", "merge"}
     for name, command in commands.items():
         assert f"`zlora {name} " in index
         for option in command.params:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pipeline.job.errors import JobError
 from pipeline.model import attention
+from pipeline.model.config import first_line
 from pipeline.model.families import Family, family_of
 from pipeline.model.head import Head
 from pipeline.model.linear import freeze_linears
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The base's config.json.
-
-    Raises:
-        JobError: missing or unreadable.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers checks little: a damaged file shows as almost anything
-        raise JobError(f"{folder}: its config.json cannot be read ({_first_line(error)}). Fetch the base again.") from None
 
 
 def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Family]:
@@ -49,7 +36,7 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
         model.tie_weights()
     except Exception as error:  # as above
-        raise JobError(f"{config.name_or_path}: its config.json makes no model ({_first_line(error)}). Fetch it again.") from None
+        raise JobError(f"{config.name_or_path}: its config.json makes no model ({first_line(error)}). Fetch it again.") from None
     model.lm_head = Head(model.lm_head)
     freeze_linears(model)
     model.requires_grad_(False)
@@ -86,7 +73,3 @@ def checkpointed(model: PreTrainedModel, family: Family) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     embeddings: nn.Module = model.get_submodule(family.body).get_input_embeddings()
     embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True) if torch.is_grad_enabled() else output)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-import torch
+
+from pipeline.job.errors import JobError
 
 
 def permutation(examples: int, seed: str, epoch: int) -> np.ndarray:
     """The order of an epoch's examples."""
+    # Here, so that whoever only counts needs no torch.
+    import torch
+
     # Hashed: torch's CPU generator looks at the low 32 bits of its seed only, so both must be in them.
     mixed = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:4]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
@@ -39,7 +43,7 @@ class Stream:
     @property
     def epoch(self) -> int:
         """Examples of an epoch."""
-        return sum(self._counts)
+        return sum(self.counts)
 
     def end(self, epochs: float) -> int:
         """The position where so many epochs end: after one example at least, however small the share of an epoch."""
@@ -50,7 +54,8 @@ class Stream:
         return [self._at(position) for position in range(first, first + count)]
 
     @cached_property
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
+        """Examples of an epoch, of each source."""
         return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
 
     @cached_property
@@ -60,7 +65,7 @@ class Stream:
 
     def _at(self, position: int) -> int:
         place, passed = self._drawn(position, self.epoch, str(self.seed)), 0
-        for number, (size, count) in enumerate(zip(self.sizes, self._counts, strict=True)):
+        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if place < count:
                 # A source's own stream goes on from epoch to epoch.
                 own = position // self.epoch * count + place
@@ -71,6 +76,16 @@ class Stream:
     def _drawn(self, position: int, examples: int, seed: str) -> int:
         epoch, place = divmod(position, examples)
         return int(self._permutation(examples, seed, epoch)[place])
+
+
+def refuse_longer(longest: int, micro_batch_tokens: int) -> None:
+    """Raises:
+    JobError: a single example does not fit a micro-batch."""
+    if longest > micro_batch_tokens:
+        raise JobError(
+            f"train.micro_batch_tokens = {micro_batch_tokens}: the longest example has {longest} tokens. "
+            f"Set it to {longest} or more, or limit examples with train.max_tokens."
+        )
 
 
 def deal(lengths: list[int], ranks: int, limit_tokens: int, packed: bool) -> list[list[list[int]]]:

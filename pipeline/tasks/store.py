@@ -29,7 +29,7 @@ from pipeline.job.errors import JobError
 from pipeline.tasks.example import Dropped, Example, Reason, Sequence, Source, count, none_left
 from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import cache_folder, digest_of, sha256_of
-from pipeline.weights.state import DataFile
+from pipeline.weights.record import DataFile
 
 _VERSION = 1
 _ARROW, _ABOUT = "sequences.arrow", "about.json"
@@ -104,6 +104,10 @@ class Store:
     def lengths(self) -> np.ndarray:
         """Tokens of every sequence: [examples] int32."""
         return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()) for batch in self._batches])
+
+    def labels(self) -> np.ndarray:
+        """The label of every sequence, NaN where it has none: [examples] fp64."""
+        return np.concatenate([batch["label"].to_numpy(zero_copy_only=False).astype(np.float64) for batch in self._batches])
 
     def _at(self, index: int) -> tuple[pa.RecordBatch, int]:
         number = bisect(self._ends, index)

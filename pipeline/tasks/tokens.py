@@ -67,6 +67,29 @@ class Tokens:
         # transformers' own call works out where each token stands in the text, too.
         return [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text that each token adds, special tokens included; bytes of one character come with the last of its tokens."""
+        found: list[str] = []
+        before = start = 0
+        for place in range(1, len(ids) + 1):
+            # With the tokens before it: many tokenizers drop a space where a text begins.
+            known, now = self._exactly(ids[before:start]), self._exactly(ids[before:place])
+            if now.endswith("\ufffd") and place < len(ids):
+                found.append("")
+                continue
+            found.append(now[len(known) :])
+            before, start = start, place
+        return found
+
+    def _exactly(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: start, end, roles of a conversation."""
+        marked = (token for token, about in self.tokenizer.added_tokens_decoder.items() if about.special)
+        return frozenset((*self.tokenizer.all_special_ids, *marked))
+
     def text(self, ids: list[int], end_ids: tuple[int, ...]) -> str:
         """Generated ids as text, up to the first end token."""
         kept = ids[: next((place for place, token in enumerate(ids) if token in end_ids), len(ids))]

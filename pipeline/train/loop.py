@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pipeline.job.errors import Diverged, JobError
 from pipeline.job.spec import Train
 from pipeline.tasks.batch import collate
-from pipeline.tasks.order import Stream, deal
+from pipeline.tasks.order import Stream, deal, refuse_longer
 from pipeline.tasks.sequences import Sequences
 from pipeline.train.engine import Ranks
 from pipeline.train.schedule import learning_rate
@@ -61,12 +61,7 @@ class Course:
     def refuse_impossible(self) -> None:
         """Raises:
         JobError: a single example does not fit a micro-batch, or the run is past its end already."""
-        longest = self.data.longest
-        if longest > self.train.micro_batch_tokens:
-            raise JobError(
-                f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: the longest example has {longest} tokens. "
-                f"Set it to {longest} or more, or limit examples with train.max_tokens."
-            )
+        refuse_longer(self.data.longest, self.train.micro_batch_tokens)
         if self.steps < self.start.step:
             key = "steps" if self.train.steps else "epochs"
             raise JobError(

@@ -54,18 +54,24 @@ def local_base(model: str, revision: str | None) -> Path:
     return fetch_base(model, revision).folder
 
 
+def local_tokenizer(model: str, revision: str | None) -> Path:
+    """The same folder for whoever needs config and tokenizer only: no weights are fetched.
+
+    Raises:
+        JobError: as above.
+    """
+    return _without_weights(model, revision).folder
+
+
 def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
     """The same, and what was fetched.
 
     Raises:
         JobError: as above; with `bar`, also a disk that has no room for it.
     """
-    if Path(model).is_dir():
-        files = [path for path in Path(model).iterdir() if path.is_file()]
-        return Fetched(model, Path(model), None, len(files), sum(file.stat().st_size for file in files), 0)
-    if Path(model).is_absolute() or model.startswith("."):
-        raise JobError(f'base "{model}": no such folder. Correct the path.')
-    beside = fetch(model, revision, "model", _BESIDE, ("config.json",), bar)
+    beside = _without_weights(model, revision, bar)
+    if beside.commit is None:
+        return beside
     # By its commit: a branch may move between the two.
     names = _weight_names(beside.folder)
     weights = fetch(model, beside.commit, "model", names, names, bar)
@@ -79,6 +85,15 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
         beside.bytes + weights.bytes,
         beside.new_bytes + weights.new_bytes,
     )
+
+
+def _without_weights(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
+    if Path(model).is_dir():
+        files = [path for path in Path(model).iterdir() if path.is_file()]
+        return Fetched(model, Path(model), None, len(files), sum(file.stat().st_size for file in files), 0)
+    if Path(model).is_absolute() or model.startswith("."):
+        raise JobError(f'base "{model}": no such folder. Correct the path.')
+    return fetch(model, revision, "model", _BESIDE, ("config.json",), bar)
 
 
 def fetch(

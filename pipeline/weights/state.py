@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, remove_folder, write_text
 from pipeline.weights.digest import sha256_of
+from pipeline.weights.record import DataFile, Row
 from pipeline.weights.tensors import load_tensors, save_tensors
 
 SCHEMA_VERSION = 1
@@ -25,10 +26,6 @@ RECORD = "state.json"
 TENSORS = "tensors.safetensors"
 SUMS = "SHA256SUMS"
 _OTHER_VERSION = "It was written by another version of zlora; use that one."
-
-
-class Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Progress(Row):
@@ -49,15 +46,6 @@ class Progress(Row):
     """In a row, up to this one."""
     seconds: float = 0.0
     """Of training, over all sittings."""
-
-
-class DataFile(Row):
-    """What was trained on from one file, after tokenisation and cutting."""
-
-    file: str
-    examples: int
-    sha256: str
-    """Of token ids and what is learnt of them, in order."""
 
 
 class Best(Row):

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.job.zero import deepspeed_config
 from pipeline.model import head as head_module
-from pipeline.model.build import read_config
 from pipeline.model.causal import Causal, Decode
+from pipeline.model.config import read_config
 from pipeline.model.head import Head, head_loss
 from pipeline.model.linear import FrozenLinear
 from pipeline.model.load import load_base

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
-from pipeline.model.build import read_config
 from pipeline.model.causal import Causal
+from pipeline.model.config import read_config
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.zero3 import Partitioner, shard_bytes
 from pipeline.screen import Screen

@@ -13,7 +13,8 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights import state as states
-from pipeline.weights.state import Damaged, DataFile, Progress, Record, State, newest_state, path_of, read_state, tidy, write_state
+from pipeline.weights.record import DataFile
+from pipeline.weights.state import Damaged, Progress, Record, State, newest_state, path_of, read_state, tidy, write_state
 
 FILES = ("SHA256SUMS", "state.json", "tensors.safetensors")
 
