@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.job.section import Split
-from pipeline.job.task import Conversations, PlainText, SingleTask
+from pipeline.job.task import Conversations, OwnData, PlainText, SingleTask
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Source
+from pipeline.tasks.held import kept
 from pipeline.tasks.open import content_keys, named_split, open_split, separator_text
 from pipeline.tasks.order import Stream
 from pipeline.tasks.sequences import Sequences
@@ -38,6 +39,8 @@ def source_of(task: SingleTask, split: Split, encoder: Encoder) -> Source:
         JobError: the split is not there.
     """
     source = open_split(task, split)
+    if split == "valid" and isinstance(task, OwnData) and task.dev_fraction is not None:
+        source = kept(source, content_keys(task))
     if isinstance(task, Conversations) and task.bad_rows == "drop":
         return replace(source, read=lambda: encoder.usable(source.read()))
     return source

@@ -132,15 +132,13 @@ def open_store(source: Source, settings: object, encode: Encode, what: str, prog
         JobError: malformed or no examples; a cache that cannot be written.
     """
     names = [str(file) for file in source.files]
-    contents = [(digest_of(file), file.suffix) for file in source.files]
-    key = hashlib.sha256(repr((_VERSION, contents, source.version, settings)).encode()).hexdigest()
-    folder = cache_folder() / "tokens" / key[:40]
+    folder = cache_folder() / "tokens" / cache_key(source, settings)
     if store := _whole(folder, names):
         return store
     with ExitStack() as held:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            locked = held.enter_context(_alone(folder.with_suffix(".lock")))
+            locked = held.enter_context(alone(folder.with_suffix(".lock")))
         except OSError as error:
             raise JobError(
                 f"{folder.parent}: tokens cannot be kept here ({error.strerror}). Set XDG_CACHE_HOME to another folder."
@@ -157,6 +155,12 @@ def open_store(source: Source, settings: object, encode: Encode, what: str, prog
                 raise
             raise JobError(f"{folder}: {os.strerror(error.errno)}. Make room, or set XDG_CACHE_HOME to another folder.") from None
         return Store(folder)
+
+
+def cache_key(source: Source, settings: object) -> str:
+    """Made of what a source's files hold, and of all else that decides what is kept."""
+    contents = [(digest_of(file), file.suffix) for file in source.files]
+    return hashlib.sha256(repr((_VERSION, contents, source.version, settings)).encode()).hexdigest()[:40]
 
 
 def _whole(folder: Path, names: list[str]) -> Store | None:
@@ -176,7 +180,7 @@ def _whole(folder: Path, names: list[str]) -> Store | None:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[bool]:
+def alone(file: Path) -> Iterator[bool]:
     """False where there are no locks: then several may write, each whole, and the last one stays."""
     while True:
         with file.open("w") as stream:
