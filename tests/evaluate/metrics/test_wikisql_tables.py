@@ -130,6 +130,6 @@ def test_score_gives_both_accuracies_with_tables_and_a_note_without(tmp_path):
     with_tables, without = score("wikisql", "--tables", str(tmp_path)), score("wikisql")
     assert json.loads(with_tables.stdout)["metrics"] == {"lf_accuracy": 0.5, "ex_accuracy": 1.0}
     assert json.loads(without.stdout)["metrics"] == {"lf_accuracy": 0.5}
-    assert json.loads(without.stdout)["notes"][0].startswith("ex_accuracy: left out: it needs the tables. Add --tables")
+    assert json.loads(without.stdout)["notes"][0].startswith("ex_accuracy: left out: it needs the tables. Use zlora score --tables")
     other = score("e2e", "--tables", str(tmp_path))
     assert (other.returncode, other.stderr.count("only wikisql has tables")) == (2, 1)
