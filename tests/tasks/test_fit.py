@@ -21,6 +21,7 @@ def all_of(data):
     sequences = [data[index] for index in range(len(data))]
     assert [data.tokens(index) for index in range(len(data))] == [len(s) for s in sequences]
     assert [data.targets(index) for index in range(len(data))] == [s.targets for s in sequences]
+    assert data.lengths().tolist() == [len(s) for s in sequences]
     assert data.longest == max(map(len, sequences))
     return sequences
 
