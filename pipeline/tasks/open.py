@@ -32,6 +32,8 @@ def open_split(task: SingleTask, split: Split) -> Source:
         source = _open(task, split)
     else:
         assert isinstance(task, OwnData)
+        if own := split_files(task, "valid"):
+            raise JobError(f"task.dev_fraction = {share}: there is a validation split already, {own[0]}. Keep one of them.")
         source = held_back(_open(task, "train"), share, task.dev_seed, taken=split == "valid")
     if split == "train" and task.train_examples is not None:
         source = drawn(source, task.train_examples, task.train_examples_seed)

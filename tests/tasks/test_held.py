@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeline.job.errors import JobError
 from pipeline.job.task import Classification, Conversations, Pairs, PlainText
 from pipeline.tasks import prepare
 from pipeline.tasks.example import Dropped
@@ -78,3 +79,12 @@ def test_without_a_cache_they_are_found_all_the_same(tmp_path, monkeypatch):
     make_tokenizer(tmp_path)
     task = task_of("jsonl", tmp_path / "own.jsonl")
     assert list(prepare.source_of(task, "valid", encoder(tmp_path)).read()) == list(prepare.open_split(task, "valid").read())
+
+
+def test_a_share_beside_a_validation_split_is_refused(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    task = Pairs(kind="jsonl", data=str(tmp_path), dev_fraction=0.5)
+    for split in ("train", "valid"):
+        with pytest.raises(JobError, match=r"task.dev_fraction = 0.5: there is a validation split already, .*valid.jsonl"):
+            prepare.open_split(task, split)
