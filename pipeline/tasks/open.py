@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.job.errors import JobError
 from pipeline.job.section import Split
 from pipeline.job.task import E2E, Conversations, Dart, Glue, Mix, OwnData, SamSum, SingleTask, Task, WebNlg, WikiSql
 from pipeline.tasks.dart import HUB as DART_HUB
