@@ -12,6 +12,7 @@ from pipeline.evaluate.gather import Gathering, choose
 from pipeline.evaluate.generate import generate
 from pipeline.evaluate.measure import measure, perplexity
 from pipeline.evaluate.metrics.choose import metrics_of
+from pipeline.job.labels import glue_labels
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
 from pipeline.tasks.example import Labelled, Prompt, Reason, Sequence
@@ -149,6 +150,10 @@ def _part(data: EvaluationSet, loss: float, predictions: list[Prediction], scrip
     # As `zlora score` reads the file of predictions.
     known = [prediction for prediction in predictions if prediction.references]
     texts, groups = [prediction.prediction for prediction in known], [list(prediction.references) for prediction in known]
+    if glue_labels(data.kind):
+        # A text that is there several times counts as often; equal prompts were put together.
+        texts = [text for text, group in zip(texts, groups, strict=True) for _ in group]
+        groups = [[label] for group in groups for label in group]
     metrics, notes = dict[str, float](), list[str]()
     if known:
         metrics, notes = on_first_rank(ranks, "metrics", lambda: metrics_of(data.kind, texts, groups, script))

@@ -11,7 +11,7 @@ from pipeline.job.task import Classification, Glue, Regression, SingleTask
 def labels_of(task: SingleTask) -> tuple[str, ...] | None:
     """Names of the classes. None: the label is a number. Nothing, (): the task has no labels, texts are what it learns."""
     match task:
-        case Glue(name=name):
+        case Glue(name=name, form="label"):
             return glue_labels(name)
         case Classification(labels=labels):
             return labels

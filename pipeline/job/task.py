@@ -76,6 +76,16 @@ class Glue(TaskSection):
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What to do with a row that cannot be used: refuse the file, or leave the row out and count it. QQP's first release has torn rows."""
 
+    form: Literal["label", "text"] = "label"
+    """How a label is learnt: by a head on the base, or as text that follows the texts, as the paper does with GPT-3."""
+
+    @field_validator("form")
+    @classmethod
+    def _of_classes(cls, form: str, others: ValidationInfo) -> str:
+        if form == "text" and others.data.get("name") == "stsb":
+            raise ValueError('"text": stsb has scores, not classes. Leave the key out.')
+        return form
+
     @field_validator("section")
     @classmethod
     def _of_mnli(cls, section: str, others: ValidationInfo) -> str:

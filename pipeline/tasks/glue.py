@@ -1,23 +1,23 @@
 """GLUE (Wang et al. 2019): one text or two, and a label or a score. The benchmark's dev split is the `valid` split.
 
 In: the official folders of tab-separated files, CoLA's and MRPC's own releases, or the hub's copy.
-Out: the texts, blanks around them cut; the place of the label in `labels_of(task)`, STS-B's score, or None where it is withheld.
+Out: the texts, blanks around them cut; the place of the label in `glue_labels`, STS-B's score, or None where it is withheld.
 Quotation marks are characters of the text, as in the official files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from pipeline.job.errors import JobError
-from pipeline.job.labels import labels_of
+from pipeline.job.labels import glue_labels
 from pipeline.job.section import Split
 from pipeline.job.task import Glue
-from pipeline.tasks.example import Dropped, Labelled, Source, dropped
+from pipeline.tasks.example import Dropped, Labelled, Pair, Source, dropped
 from pipeline.tasks.files import decoded, lines, raw_lines, split_path
 from pipeline.tasks.hub import HubCopy, from_hub
 from pipeline.tasks.json_rows import Row
@@ -68,6 +68,29 @@ def open_glue(task: Glue, split: Split) -> Source:
     if files[0].name == "msr_paraphrase_train.txt" and (ids := folder / "dev_ids.tsv").exists():
         return Source((*files, ids), lambda: _msr_split(task, split, files[0], ids))
     return Source(files, lambda: chain.from_iterable(_read(task, split, file) for file in files))
+
+
+def as_text(task: Glue, source: Source) -> Source:
+    """The same with each label as words to generate: `premise: ...`, `hypothesis: ...`, a line each, and the label's name.
+
+    Raises:
+        JobError: while reading: a label is withheld.
+    """
+    names, columns = glue_labels(task.name), _FORMS[task.name].hub_texts
+    assert names is not None
+
+    def read() -> Iterator[Pair | Dropped]:
+        for found in source.read():
+            if not isinstance(found, Labelled):
+                assert isinstance(found, Dropped)
+                yield found
+            elif found.label is None:
+                raise JobError(f'{found.source}: labels of this split are withheld, and task.form = "text" generates them. Score "valid".')
+            else:
+                prompt = "\n".join(f"{column}: {text}" for column, text in zip(columns, found.texts, strict=True))
+                yield Pair(prompt, f" {names[int(found.label)]}", found.source)
+
+    return replace(source, read=read)
 
 
 def glue_copies(task: Glue) -> tuple[HubCopy, ...]:
@@ -159,7 +182,7 @@ def _example(texts: list[str], label: float | None, where: str) -> Labelled:
 
 
 def _label(task: Glue, written: str, where: str, named: bool) -> float:
-    names, found = labels_of(task), written.strip()
+    names, found = glue_labels(task.name), written.strip()
     if names is None:
         return _score(found, where)
     known = names if named else tuple(map(str, range(len(names))))

@@ -11,7 +11,7 @@ from pipeline.tasks.draw import drawn, held_back
 from pipeline.tasks.e2e import HUB as E2E_HUB
 from pipeline.tasks.e2e import open_e2e
 from pipeline.tasks.example import Dropped, Example, Reason, Source, count, none_left
-from pipeline.tasks.glue import glue_copies, open_glue
+from pipeline.tasks.glue import as_text, glue_copies, open_glue
 from pipeline.tasks.hub import HubCopy
 from pipeline.tasks.own import open_own, split_files
 from pipeline.tasks.samsum import HUB as SAMSUM_HUB
@@ -54,7 +54,8 @@ def _open(task: SingleTask, split: Split) -> Source:
         case WikiSql():
             return open_wikisql(task, split)
         case Glue():
-            return open_glue(task, split)
+            source = open_glue(task, split)
+            return source if task.form == "label" else as_text(task, source)
         case _:
             return open_own(task, split)
 
@@ -112,6 +113,8 @@ def separator_text(task: SingleTask, end_token: str) -> str:
             return "\n\n"
         case WikiSql():
             return "\nA:"
+        case Glue(form="text"):
+            return "\nanswer:"
         case _ if task.kind in ("glue", "classification", "regression"):
             return "\n"
         case _:

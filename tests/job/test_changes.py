@@ -28,7 +28,7 @@ DELIBERATE = {
 }  # fmt: skip
 NEVER = {
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].scaling", "methods[0].init",
-    "task.kind", "task.name",
+    "task.kind", "task.name", "task.form",
     "task.separator",
     "task.too_long", "task.texts", "task.empty_texts", "train.batch_examples", "train.max_tokens", "train.seed",
     "task.train_examples", "task.train_examples_seed", "task.weight", "task.dev_fraction", "task.dev_seed", "task.bad_rows",

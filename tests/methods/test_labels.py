@@ -210,3 +210,23 @@ def evaluate_here(ranks, run, split):
 
     shown = Screen(io.StringIO(), shown=ranks.first)
     return evaluate(read_job(Path(run) / "job.toml"), Path(run), split, "last", ranks, shown)
+
+
+def test_labels_as_text_are_generated_and_scored_as_labels(gpt2_base, ranks2, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    # The second text is there twice, with other labels: one prompt, two answers.
+    lines = ["sentence\tlabel", "A pub .\t1", "A cafe .\t0", "A cafe .\t1", "The Mill .\t0"]
+    for name in ("train", "dev"):
+        (data / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    job = tmp_path / "job.toml"
+    text = JOB.format(base=gpt2_base, kind="glue", data=data, labels='name = "sst2"\nform = "text"').replace('text_pair = "other"\n', "")
+    job.write_text(text.replace("batch_examples = 7", "batch_examples = 4") + "[evaluate]\nmax_new_tokens = 12\n")
+    everywhere = ('methods.0.targets=["q", "v", "o", "mlp_in", "mlp_out"]', "methods.0.rank=8", "methods.0.alpha=16")
+    trained(ranks2, job, tmp_path / "run", "train.steps=60", *everywhere)
+    told = json.loads((tmp_path / "run" / "result.json").read_text())["valid"]
+    assert told["accuracy"] == 0.75, "three of four, whatever is said of the second text"
+    assert told.keys() == {"accuracy", "loss", "perplexity"}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "valid-000060.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["references"]) for row in rows][1] == ("sentence: A cafe .", ["negative", "positive"])
+    assert (rows[0]["prediction"], rows[2]["prediction"]) == ("positive", "negative")

@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 
+from pipeline.job.labels import labels_of
 from pipeline.job.task import Glue
 from pipeline.tasks import hub
 from pipeline.tasks.example import Dropped
-from pipeline.tasks.open import content_keys, open_split, read_examples
+from pipeline.tasks.open import content_keys, open_split, read_examples, separator_text
 from tests.tasks.reading import refused, stub_hub
 
 # Rows, and those of label 1 (RTE: not_entailment), of the files that the fixture has; None: withheld.
@@ -395,3 +396,27 @@ def test_another_task_s_folder_is_named(tmp_path):
 def test_a_split_without_its_file_is_told_its_name(tmp_path):
     assert refused(task("mnli", tmp_path, section="both"), "valid") == f"{tmp_path}: no MNLI valid file. Put dev_matched.tsv there."
     assert "Name the folder that holds train.tsv" in refused(task("rte", write(tmp_path, "rte", "train")))
+
+
+def test_labels_as_text_are_prompts_and_words(tmp_path):
+    header = "index\tpromptID\tpairID\tgenre\ta\tb\tc\td\tsentence1\tsentence2\tlabel1\tgold_label"
+    rows = [f"{n}\tx\tx\tx\tx\tx\tx\tx\tA pub {n} .\tA cafe .\tx\t{label}" for n, label in enumerate(("neutral", "entailment"))]
+    (tmp_path / "train.tsv").write_text("\n".join([header, *rows]) + "\n")
+    task = Glue(kind="glue", name="mnli", form="text", data=str(tmp_path))
+    assert [(e.prompt, e.completion) for e in read_examples(task, "train")] == [
+        ("premise: A pub 0 .\nhypothesis: A cafe .", " neutral"),
+        ("premise: A pub 1 .\nhypothesis: A cafe .", " entailment"),
+    ]
+    assert separator_text(task, "") == "\nanswer:"
+    assert labels_of(task) == ()
+
+
+def test_withheld_labels_cannot_be_generated(tmp_path):
+    (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
+    task = Glue(kind="glue", name="rte", form="text", data=str(tmp_path))
+    assert "test.tsv:2: labels of this split are withheld" in refused(task, "test")
+
+
+def test_scores_are_no_words():
+    with pytest.raises(ValueError, match="stsb has scores"):
+        Glue(kind="glue", name="stsb", form="text")
