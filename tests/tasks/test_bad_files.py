@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from pipeline.job.errors import JobError
-from pipeline.job.task import E2E, Dart, Glue, Pairs, SamSum, WebNlg, WikiSql
-from pipeline.tasks.example import Labelled
+from pipeline.job.task import E2E, Conversations, Dart, Glue, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
+from pipeline.tasks.example import Chat, Document, Labelled, Pair
 from pipeline.tasks.json_rows import json_array
 from pipeline.tasks.open import read_examples
 from pipeline.tasks.sequences import Listed, fit
@@ -38,7 +38,16 @@ FILES = {
     "lines": (SamSum, "train.jsonl", '\n{"id": "1", "dialogue": "a", "summary": "TEXT"}'),
     "questions": (WikiSql, "train.jsonl", '\n{"table_id": "1", "question": "TEXT", "sql": {"sel": 0, "agg": 0, "conds": []}}'),
     "tabs": (partial(Glue, name="sst2"), "train.tsv", "sentence\tlabel\nTEXT\t1"),
-    "own": (Pairs, "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
+    "own": (partial(Pairs, kind="jsonl"), "train.jsonl", '\n{"prompt": "a", "completion": "TEXT"}'),
+    "own table": (partial(Pairs, kind="csv"), "train.csv", "prompt,completion\na,TEXT"),
+    "own texts": (PlainText, "train.json", '[\n{"text": "TEXT"}]'),
+    "own labels": (Regression, "train.tsv", "label\ttext\n1\tTEXT"),
+    "own conversations": (
+        Conversations,
+        "train.jsonl",
+        '\n{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "TEXT"}]}',
+    ),
+    "own plain text": (partial(PlainText, document="line"), "train.txt", "\nTEXT"),
 }
 
 
@@ -53,8 +62,8 @@ def broken(request, tmp_path):
     def make(text=b"A place .", cut=0):
         content = whole.encode().replace(b"TEXT", text)
         file.write_bytes(content[: len(content) - cut])
-        section = kind.func if isinstance(kind, partial) else kind
-        return kind(kind=section.model_fields["kind"].annotation.__args__[0], data=str(tmp_path)), file
+        section, given = (kind.func, kind.keywords) if isinstance(kind, partial) else (kind, {})
+        return kind(**{"kind": section.model_fields["kind"].annotation.__args__[0], "data": str(tmp_path)} | given), file
 
     return make
 
@@ -78,8 +87,8 @@ def test_utf16_is_named(broken):
 
 def test_a_file_cut_short_is_named_by_its_line_or_read_whole(broken):
     task, file = broken(cut=3)
-    if file.suffix in (".csv", ".txt"):  # a shorter text is a text
-        assert read_examples(task, "train")[-1].completion == " A plac"
+    if file.suffix in (".csv", ".txt") or isinstance(task, Regression):  # a shorter text is a text
+        assert _texts(read_examples(task, "train")[-1])[-1].endswith("A plac")
     else:
         assert refused(task).startswith(f"{file}:2: {'1 columns, expected 2' if file.suffix == '.tsv' else 'not'}")
 
@@ -95,15 +104,23 @@ def test_a_line_of_a_megabyte_is_read_at_once_and_named_by_its_tokens(broken):
     begin = time.monotonic()
     examples = read_examples(task, "train")
     assert time.monotonic() - begin < 5
-    sequences = [learnt_from((0,) * _characters(example), 1) for example in examples]
+    sequences = [learnt_from((0,) * sum(map(len, _texts(example))), 1) for example in examples]
     with pytest.raises(JobError) as caught:
         fit(Listed(sequences, [example.source for example in examples]), 1024, "refuse")
     assert str(caught.value).startswith(f"{file}:2: 1")
     assert "1 of" in str(caught.value)
 
 
-def _characters(example):
-    return sum(map(len, example.texts if isinstance(example, Labelled) else (example.prompt, example.completion)))
+def _texts(example):
+    match example:
+        case Labelled(texts=texts):
+            return texts
+        case Chat(messages=messages):
+            return [message.content for message in messages]
+        case Document(text=text):
+            return [text]
+        case Pair(prompt=prompt, completion=completion):
+            return prompt, completion
 
 
 @pytest.mark.parametrize(
