@@ -15,7 +15,7 @@ from typing import Literal
 from pipeline.tasks.example import Document
 from pipeline.tasks.files import lines
 
-_PIECE_CHARACTERS = 1 << 16
+_PIECE_CHARACTERS = 1 << 14
 _CUT = re.compile(r"(?<=[^\W\d_])[ \n](?=[^\W\d_])")
 """One blank between two letters."""
 

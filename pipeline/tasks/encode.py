@@ -19,7 +19,7 @@ from pipeline.tasks.tokens import Tokens
 AnyExample = TypeVar("AnyExample", bound=Example)
 _WORD = "a"
 _BATCH = 1024
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 19
 """Tokenised together: the tokenizer needs some fifty bytes for each, and all cores."""
 
 

@@ -43,7 +43,7 @@ _SCHEMA = pa.schema(
         "line": pa.int64(),
     }
 )
-_BATCH_TOKENS = 1 << 20
+_BATCH_TOKENS = 1 << 18
 _BATCH_ROWS = 1 << 13
 _SAID_EVERY = 256
 Encode = Callable[[Iterable[Example]], Iterator[tuple[Sequence, str]]]

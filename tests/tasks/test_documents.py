@@ -20,7 +20,19 @@ from tests.bases import make_tokenizer
 from tests.tasks.making import encoder
 from tests.tasks.test_tokens import give_lead
 
-LINES = ["The Blue Spice is here .", "  indented", "\tx = [1, 2]", "", "   ", '"Quoted," he said...', "don't", "日本語 テキスト", "a  b   c", "/end", "# 12 34"]
+LINES = [
+    "The Blue Spice is here .",
+    "  indented",
+    "\tx = [1, 2]",
+    "",
+    "   ",
+    '"Quoted," he said...',
+    "don't",
+    "日本語 テキスト",
+    "a  b   c",
+    "/end",
+    "# 12 34",
+]
 
 
 @pytest.fixture
@@ -31,7 +43,18 @@ def folder(tmp_path):
 
 def make_sentencepiece(folder):
     """As Llama 2's: a blank before every text, blanks are marked, no words, bytes where there is no letter."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁t", "he", "▁the", "▁▁"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "▁t",
+        "he",
+        "▁the",
+        "▁▁",
+    ]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "▁")]
     tokenizer = Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
