@@ -18,7 +18,7 @@ from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
 from pipeline.job.task import SingleTask, titled
 from pipeline.model.config import read_config
-from pipeline.model.families import family_of
+from pipeline.model.families import known_family, refuse_encoder
 from pipeline.screen import Screen
 from pipeline.tasks.example import Sequence
 from pipeline.tasks.open import has_split, open_split, sources_of
@@ -45,13 +45,17 @@ def look(job: Job, examples: int, screen: Screen) -> dict[str, Any]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = local_tokenizer(job.base.model, job.base.revision)
     config, tokens = read_config(folder), Tokens(folder)
-    family_of(config)
-    context, vocabulary = config.max_position_embeddings, config.vocab_size
+    family = known_family(config)
+    if any(labels_of(task) == () for task in sources_of(job.task)):
+        refuse_encoder(config, f'task.kind = "{job.task.kind}"')
+        tokens.require_end()
+    context, vocabulary = family.context(config) if family else config.max_position_embeddings, config.vocab_size
+    special = family is not None and family.encoder
     limit = min(job.train.max_tokens or context, context)
     tasks = sources_of(job.task)
 
     def part(task: SingleTask, split: Split, most: int) -> tuple[dict[str, Any], Store, Sequences | None]:
-        store = split_store(task, split, encoder_of(task, tokens, vocabulary, most), screen)
+        store = split_store(task, split, encoder_of(task, tokens, vocabulary, most, special), screen)
         fitted, too_long = _fitted(store, most, task)
         return _row(task, split, store, fitted, too_long), store, fitted
 

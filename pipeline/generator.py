@@ -25,6 +25,7 @@ from pipeline.methods.stored import attach_stored
 from pipeline.model.build import TORCH_DTYPES, require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
+from pipeline.model.families import refuse_encoder
 from pipeline.model.load import load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
@@ -85,7 +86,7 @@ class Generator:
         """Raises:
         JobError: a prompt that leaves no room for an answer, by its line; a token that the model has not."""
         config = self.root.model.config
-        context, room = config.max_position_embeddings, self.decoding.max_new_tokens
+        context, room = self.root.context, self.decoding.max_new_tokens
         found = []
         for one, ids in zip(asked, self.encoder.typed([one.prompt for one in asked]), strict=True):
             if max(ids) >= config.vocab_size:
@@ -128,7 +129,7 @@ class Ready:
             StopAgreed: a rank was asked to stop.
         """
         own = self.generator
-        tokens, decoding, context = own.tokens, own.decoding, own.root.model.config.max_position_embeddings
+        tokens, decoding, context = own.tokens, own.decoding, own.root.context
         ends = (tokens.end_id, *decoding.eos_tokens)
         told = None if seen is None or decoding.beams > 1 else lambda texts: seen(tokens.text(texts[0], ends))
         prompts = own.prompt_tokens(asked)
@@ -145,12 +146,14 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     zero = deepspeed_config(source.memory)
     folder = one_rank_first(ranks, lambda: local_base(source.base, source.revision))
     config, checkpoint = read_config(folder), open_checkpoint(folder)
+    refuse_encoder(config, "generating")
     delta = _delta_folder(source.delta) if source.delta else None
     manifest, pairs = read_delta(delta) if delta else (None, {})
     if manifest and manifest.head:
         raise JobError(f"{delta}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
     separator = _separator(source.separator, manifest, delta)
     tokens = Tokens(folder)
+    tokens.require_end()
     encoder = Encoder(tokens, separator, 0, config.vocab_size, chat=manifest is not None and manifest.chat)
     dtype = source.dtype or _default_dtype(manifest, checkpoint, ranks.device)
     # Beside loading; remembered for the next time.

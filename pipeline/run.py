@@ -50,7 +50,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     session = open_session(job, ranks, screen)
     data = session.training_set()
     start.refuse_changed(job.base.model, session.base_config, data.files)
-    course = Course(data.sequences, data.stream, job.train, start.progress)
+    course = Course(data.sequences, data.stream, session.train, start.progress)
     course.refuse_impossible()
     held_out = session.evaluation(job.evaluate.split)
     stepper = Stepper(session.engine, session.root, session.delta, job.train, ranks, fp16=job.base.dtype == "fp16")

@@ -12,14 +12,16 @@ from pipeline.evaluate.score import EvaluationSet, Scores, score
 from pipeline.job.labels import labels_of
 from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
-from pipeline.job.spec import Job
+from pipeline.job.spec import Job, Train
 from pipeline.job.task import Mix, SingleTask, titled
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
+from pipeline.model.families import refuse_encoder
 from pipeline.model.load import LoadedBase, load_base
+from pipeline.model.unknown import family_of, refuse_roles
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Labelled, Reason, grouped
@@ -70,6 +72,12 @@ class Session:
     base_config: str
     """sha256 of the base's config.json."""
 
+    @property
+    def train(self) -> Train:
+        """The job's settings; no packing where the base's attention cannot tell packed examples apart."""
+        packing = self.job.train.packing and self.base.family.packs
+        return self.job.train.model_copy(update={"packing": packing})
+
     def training_set(self) -> TrainingSet:
         """The training split, as sequences that fit."""
         limit = min(self.job.train.max_tokens or self.context, self.context)
@@ -91,7 +99,7 @@ class Session:
         return one_rank_first(self.ranks, lambda: split_store(task, "train", self.encoder(task, limit), self.screen))
 
     def encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
-        return encoder_of(task, self.tokens, self.vocabulary, block_tokens)
+        return encoder_of(task, self.tokens, self.vocabulary, block_tokens, self.base.family.encoder)
 
     def evaluation(self, split: Split) -> tuple[EvaluationSet, ...]:
         """A split as it is scored, of each task that has it: `train.max_tokens` does not bind it."""
@@ -120,7 +128,7 @@ class Session:
         return EvaluationSet(title, scored_as(task), split, sequences, prompts, ids, labelled, labels_of(task), too_long, dropped)
 
     def score(self, data: tuple[EvaluationSet, ...]) -> Scores:
-        return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.job.train, self.ranks, self._bar)
+        return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.train, self.ranks, self._bar)
 
     def _bar(self, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
         return lambda items: self.ranks.watch.over(label, self.screen.progress(label, items))
@@ -133,8 +141,13 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     ranks.watch.at("fetching the base", patient=True)
     folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     ranks.watch.at("starting")
-    config = read_config(folder)
-    tokens = Tokens(folder)
+    config, tokens = read_config(folder), Tokens(folder)
+    labels = labels_of(sources_of(job.task)[0])
+    if labels == ():
+        refuse_encoder(config, f'task.kind = "{job.task.kind}"')
+    refuse_roles(config, job.methods[0].targets)
+    if not family_of(config).encoder:
+        tokens.require_end()
     loading = "loading the base"
     base = load_base(
         folder,
@@ -146,7 +159,6 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
-    labels = labels_of(sources_of(job.task)[0])
     delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout)
     root = Causal(base.model, base.family, delta.head)
     root.train()
@@ -162,7 +174,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         delta,
         root,
         Engine(root, zero),
-        context=config.max_position_embeddings,
+        context=root.context,
         vocabulary=config.vocab_size,
         base_config=sha256_of(folder / "config.json"),
     )

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import HEAD_TENSOR, Head, Module, read_delta, read_head
+from pipeline.weights.delta import Head, Module, read_delta, read_head
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import INDEX_NAME
 from pipeline.weights.index import Checkpoint, Entry, header_of, open_checkpoint, read_header
@@ -77,12 +77,13 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
         results = {}
         tensors = iter(progress([entry for file in checkpoint.files for entry in read_header(file)]))
         for file in checkpoint.files:
-            # The last file takes a head in.
-            extra = {HEAD_TENSOR: head} if head is not None and file == checkpoint.files[-1] else {}
-            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors, extra)
+            # The last file takes a head in; one that the base has gives way.
+            extra = head if file == checkpoint.files[-1] else {}
+            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors, extra, set(head))
         _copy_the_rest(base, partial)
-        if head is not None and manifest.head:
-            _announce(partial, checkpoint.files[-1].name, head, manifest.head)
+        if manifest.head:
+            replaced = sum(checkpoint.entries[name].bytes for name in head if name in checkpoint.entries)
+            _announce(partial, checkpoint.files[-1].name, manifest.head, sum(4 * tensor.numel() for tensor in head.values()) - replaced)
         certificate = {
             "schema_version": SCHEMA_VERSION,
             "base": {"path": str(base.resolve()), "digest": manifest.base_digest, "files": digests},
@@ -102,6 +103,7 @@ def _merge_file(
     reader: Reader,
     errors: dict[str, float],
     extra: dict[str, torch.Tensor],
+    left_out: set[str],
 ) -> str:
     """Rewrites one file; takes as many entries from `tensors` as it has, then the extra ones. Returns the result's sha256."""
     sha = hashlib.sha256()
@@ -113,12 +115,14 @@ def _merge_file(
             sha.update(data)
             new.write(data)
 
-        if extra:
-            write(_with(header, extra, source.stat().st_size - data_start))
+        if extra or any(entry.name in left_out for entry in entries):
+            write(_with(header, [entry for entry in entries if entry.name not in left_out], extra))
         else:
             _copy(old, data_start, write)
         for _ in entries:
             entry = next(tensors)
+            if entry.name in left_out:
+                continue
             if addition := additions.get(entry.name):
                 errors[entry.name] = _merge_tensor(entry, addition, reader, write)
             else:
@@ -132,9 +136,12 @@ def _merge_file(
     return sha.hexdigest()
 
 
-def _with(header: dict[str, Any], extra: dict[str, torch.Tensor], data_bytes: int) -> bytes:
-    """A safetensors header with fp32 tensors more, whose data come behind the others'."""
-    header, place = dict(header), data_bytes
+def _with(old: dict[str, Any], entries: list[Entry], extra: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors header of these tensors of an old one, and of fp32 tensors more, whose data come behind the others'."""
+    header, place = {key: value for key, value in old.items() if key == "__metadata__"}, 0
+    for entry in entries:
+        header[entry.name] = {**old[entry.name], "data_offsets": [place, place + entry.bytes]}
+        place += entry.bytes
     for name, tensor in extra.items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + 4 * tensor.numel()]}
         place += 4 * tensor.numel()
@@ -143,8 +150,8 @@ def _with(header: dict[str, Any], extra: dict[str, torch.Tensor], data_bytes: in
     return len(text).to_bytes(8, "little") + text
 
 
-def _announce(folder: Path, file: str, weight: torch.Tensor, head: Head) -> None:
-    """Makes config and index those of a model with this head."""
+def _announce(folder: Path, file: str, head: Head, more_bytes: int) -> None:
+    """Makes config and index those of a model with this head, which is in `file`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = head.labels or ("LABEL_0",)
     config["architectures"] = [head.architecture]
@@ -158,9 +165,9 @@ def _announce(folder: Path, file: str, weight: torch.Tensor, head: Head) -> None
     write_json(folder / "config.json", config)
     if (folder / INDEX_NAME).is_file():
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        index["weight_map"][HEAD_TENSOR] = file
+        index["weight_map"] |= dict.fromkeys(head.tensors, file)
         if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += 4 * weight.numel()
+            index["metadata"]["total_size"] += more_bytes
         write_json(folder / INDEX_NAME, index)
 
 

@@ -124,9 +124,9 @@ def _run(
     bar: Callable[[str], Bar],
 ) -> tuple[float, list[Prediction]]:
     """The loss, and what the model says."""
-    ends, context = (tokens.end_id, *evaluate.eos_tokens), root.model.config.max_position_embeddings
     predictions = []
     if data.prompts:
+        ends, context = (tokens.end_id, *evaluate.eos_tokens), root.context
         label = f"scoring {data.split}" + (f" of {data.title}" if data.title else "")
         ids = generate(root, data.prompt_tokens, ranks, evaluate, ends, context, gathering.each_pass, bar(label))
         texts = [tokens.text(new, ends) for new in ids]

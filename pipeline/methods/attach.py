@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Lora
 from pipeline.methods.dropout import DropoutClock
-from pipeline.methods.head import NAME, TaskHead, draw_head
+from pipeline.methods.head import TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora
 from pipeline.model.families import Family
 
@@ -35,7 +35,7 @@ class Delta:
             for branch in adapted.branches
             for key, tensor in (("a", branch.a), ("b", branch.b))
         }
-        return pairs | ({NAME: self.head.weight} if self.head else {})
+        return pairs | (self.head.tensors if self.head else {})
 
     @property
     def parameters(self) -> int:
@@ -63,5 +63,5 @@ def attach(
     if len(methods) > 1:
         raise JobError(f"methods: lora is listed {len(methods)} times. List it once, with all its targets.")
     clock = DropoutClock(seed)
-    head = None if labels == () else draw_head(model.config, labels, seed, head_dropout, clock, device)
+    head = None if labels == () else draw_head(model.config, family.head, labels, seed, head_dropout, clock, device)
     return Delta(tuple(attach_lora(model, family, methods[0], clock, seed, device)), head, clock)

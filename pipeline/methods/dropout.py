@@ -32,8 +32,12 @@ def keyed_dropout(x: torch.Tensor, probability: float, clock: DropoutClock, laye
     if probability == 0.0 or clock.keys is None:
         return x
     salt = _signed(_mix(clock.seed * 0x9E3779B1 + clock.step * 0x85EBCA77 + layer * 0xC2B2AE3D))
+    keys, rows = clock.keys, x.numel() // x.shape[-1]
+    if rows != len(keys):
+        # DeBERTa's relative positions belong to no example: keyed by their own rows, alike on all ranks.
+        keys = torch.arange(rows, device=x.device, dtype=torch.int32)
     features = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32) * _signed(0x27D4EB2F)
-    noise = (clock.keys ^ salt)[:, None] * _signed(0x165667B1) + features
+    noise = (keys ^ salt)[:, None] * _signed(0x165667B1) + features
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         noise ^= (noise >> shift) & ((1 << (32 - shift)) - 1)
         noise *= _signed(factor)

@@ -10,9 +10,8 @@ import torch
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Base, Lora
 from pipeline.methods.attach import Delta
-from pipeline.methods.head import NAME
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
-from pipeline.weights.delta import HEAD_KEY, HEAD_TENSOR, Head, Manifest, Module, keys_of, read_delta, read_head, write_delta
+from pipeline.weights.delta import Head, Manifest, Module, head_key, keys_of, read_delta, read_head, write_delta
 from pipeline.weights.digest import base_digest
 from pipeline.weights.index import Entry
 
@@ -44,8 +43,8 @@ def store(
     for name, pair in pairs.items():
         a_key, b_key = keys_of(name)
         stored[a_key], stored[b_key] = pair.a.contiguous(), pair.b.contiguous()
-    if delta.head:
-        stored[HEAD_KEY] = values[NAME].contiguous()
+    head = tuple(delta.head.tensors) if delta.head else ()
+    stored |= {head_key(name): values[name].contiguous() for name in head}
     modules = tuple(
         Module(
             name=adapted.module,
@@ -64,7 +63,7 @@ def store(
         "step": step,
         "parameters": delta.parameters,
         "modules": modules,
-        "head": Head(delta.head.labels, delta.head.architecture) if delta.head else None,
+        "head": Head(delta.head.labels, delta.head.architecture, head) if delta.head else None,
         "separator": prompt[0],
         "chat": prompt[1],
         "dtype": base.dtype,
@@ -91,11 +90,12 @@ def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
         except ValueError as error:
             raise JobError(f"{folder}: {error}. Use the job.toml of the run it came from.") from None
     head = read_head(folder)
-    if (head is None) != (delta.head is None) or (head is not None and delta.head and head.shape != delta.head.weight.shape):
+    own = delta.head.tensors if delta.head else {}
+    if {name: tensor.shape for name, tensor in head.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise JobError(f"{folder}: its head is not that of the job's task. Use the job.toml of the run it came from.")
-    if head is not None and delta.head:
-        with torch.no_grad():
-            delta.head.weight.copy_(head)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(head[name])
     return manifest
 
 
@@ -117,7 +117,7 @@ def _peft_config(delta: Delta, pairs: dict[str, PeftPair], method: Lora, base: s
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if delta.head else "CAUSAL_LM",
-        "modules_to_save": [HEAD_TENSOR.removesuffix(".weight")] if delta.head else None,
+        "modules_to_save": list(delta.head.form.modules) if delta.head else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": first.rank,

@@ -15,12 +15,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Lora
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.model.families import Family
 from pipeline.model.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output rows of a linear map that a branch adds to: the same run in each of equal groups (GPT-NeoX: one group a head)."""
+
+    first: int
+    count: int
+    """In each group."""
+    groups: int = 1
+
+    def of(self, output: torch.Tensor) -> torch.Tensor:
+        """View of the rows: [..., D] -> [..., groups, count]."""
+        return output.unflatten(-1, (self.groups, -1)).narrow(-1, self.first, self.count)
+
+    def places(self, out_features: int) -> torch.Tensor:
+        """Their numbers, in the order of B's rows."""
+        return self.of(torch.arange(out_features)).flatten()
+
+    def overlaps(self, other: Rows) -> bool:
+        return self.groups != other.groups or (self.first < other.first + other.count and other.first < self.first + self.count)
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,7 @@ class LoraBranch:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
-    first_row: int
+    rows: Rows
     dropout: float
     layer: int
     clock: DropoutClock
@@ -42,8 +64,8 @@ class LoraBranch:
         share = nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype) * self.scale)
         if share.shape == output.shape:
             return output + share
-        rows = output.narrow(-1, self.first_row, share.shape[-1])
-        rows += share
+        rows = self.rows.of(output)
+        rows += share.view_as(rows)
         return output
 
 
@@ -66,17 +88,8 @@ class AdaptedLinear:
     branches: tuple[LoraBranch, ...]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Output rows of a linear map that a target names."""
-
-    target: str
-    first: int
-    rows: int
-
-
 def attach_lora(
-    model: nn.Module, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device
+    model: PreTrainedModel, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device
 ) -> list[AdaptedLinear]:
     """Puts a branch on every target of every layer. A is drawn from (seed, name), so every rank draws the same.
 
@@ -87,19 +100,20 @@ def attach_lora(
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
     }
-    for place, (name, runs) in enumerate(_targets(linears, family, method.targets).items()):
+    heads = model.config.num_attention_heads
+    for place, (name, runs) in enumerate(_targets(linears, family, method.targets, heads).items()):
         linear, branches = linears[name], []
-        for run in sorted(runs, key=lambda run: run.first):
-            rank = method.rank_of(run.target)
-            if rank > (largest := min(linear.in_features, run.rows)):
+        for target, rows in sorted(runs, key=lambda run: run[1].first):
+            rank = method.rank_of(target)
+            if rank > (largest := min(linear.in_features, rows.count * rows.groups)):
                 raise JobError(f"methods[0].rank = {rank}: {name} has room for {largest} at most. Use a smaller rank.")
             branches.append(
                 LoraBranch(
-                    name=f"{name}.{run.first}",
-                    a=_draw(method.init, rank, f"{name}:{run.first}", linear.in_features, seed).to(device).requires_grad_(),
-                    b=torch.zeros(run.rows, rank, device=device).requires_grad_(),
-                    scale=method.scale_of(run.target),
-                    first_row=run.first,
+                    name=f"{name}.{rows.first}",
+                    a=_draw(method.init, rank, f"{name}:{rows.first}", linear.in_features, seed).to(device).requires_grad_(),
+                    b=torch.zeros(rows.count * rows.groups, rank, device=device).requires_grad_(),
+                    scale=method.scale_of(target),
+                    rows=rows,
                     dropout=method.dropout,
                     layer=place,
                     clock=clock,
@@ -120,11 +134,10 @@ def to_peft(adapted: AdaptedLinear, values: dict[str, torch.Tensor]) -> PeftPair
     b = torch.zeros(linear.out_features, sum(branch.a.shape[0] for branch in branches))
     column = 0
     for branch in branches:
-        rows, rank = branch.b.shape
+        rank = branch.b.shape[1]
         # One scale for the pair: that of the first; equal ones change no bit.
-        b[branch.first_row : branch.first_row + rows, column : column + rank] = values[f"{branch.name}.b"] * (
-            branch.scale / branches[0].scale
-        )
+        values_b = values[f"{branch.name}.b"] * (branch.scale / branches[0].scale)
+        b[branch.rows.places(linear.out_features), column : column + rank] = values_b
         column += rank
     a = torch.cat([values[f"{branch.name}.a"] for branch in branches])
     return PeftPair(a, b, column, branches[0].scale * column)
@@ -142,33 +155,35 @@ def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
     column = 0
     with torch.no_grad():
         for branch in adapted.branches:
-            rows, rank = branch.b.shape
+            rank = branch.b.shape[1]
             branch.a.copy_(a[column : column + rank])
-            branch.b.copy_(b[branch.first_row : branch.first_row + rows, column : column + rank])
+            branch.b.copy_(b[branch.rows.places(adapted.linear.out_features), column : column + rank])
             branch.b.mul_(adapted.branches[0].scale / branch.scale)
             column += rank
 
 
-def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...]) -> dict[str, list[_Run]]:
-    """Module name -> runs of rows to adapt, modules in model order."""
-    chosen: dict[str, list[_Run]] = {}
+def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...], heads: int) -> dict[str, list[tuple[str, Rows]]]:
+    """Module name -> targets and the rows that they mean, modules in model order."""
+    chosen: dict[str, list[tuple[str, Rows]]] = {}
+    depth = family.layers.count(".") + 2
     for target in targets:
         if role := family.roles.get(target):
-            names = [name for name in linears if name.endswith(f".{role.module}")]
+            names = [name for name in linears if name.split(".", depth)[-1] == role.module]
         else:
             names = [name for name in linears if name == target or name.endswith(f".{target}")]
         if not names:
-            paths = sorted({name.split(".", family.layers.count(".") + 2)[-1] for name in linears})
+            paths = sorted({name.split(".", depth)[-1] for name in linears})
             raise JobError(
                 f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(family.roles)}; '
                 f"or name a module: {', '.join(paths)}."
             )
         for name in names:
-            rows = linears[name].out_features // (role.parts if role else 1)
-            run = _Run(target, rows * role.part if role else 0, rows)
-            if any(run.first < other.first + other.rows and other.first < run.first + run.rows for other in chosen.get(name, [])):
+            groups = heads if role and role.per_head else 1
+            count = linears[name].out_features // groups // (role.parts if role else 1)
+            rows = Rows(count * role.part if role else 0, count, groups)
+            if any(rows.overlaps(other) for _, other in chosen.get(name, [])):
                 raise JobError(f'methods[0].targets: "{target}" names rows of {name} that another target names too. Keep one of them.')
-            chosen.setdefault(name, []).append(run)
+            chosen.setdefault(name, []).append((target, rows))
     return {name: chosen[name] for name in linears if name in chosen}
 
 

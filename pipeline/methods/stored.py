@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.job.errors import JobError
 from pipeline.methods.dropout import DropoutClock
-from pipeline.methods.lora import LoraBranch
+from pipeline.methods.lora import LoraBranch, Rows
 from pipeline.model.linear import FrozenLinear
 from pipeline.weights.delta import Module
 
@@ -39,6 +39,5 @@ def attach_stored(
         linear, (a, b) = linears.get(module.name), pairs[module.name]
         if linear is None or (b.shape[0], a.shape[1]) != (linear.out_features, linear.in_features):
             raise JobError(f"{folder}: {module.name} of {b.shape[0]} x {a.shape[1]} is not in this base. Name the base it was trained on.")
-        linear.branches.append(
-            LoraBranch(module.name, a.to(device), b.to(device), module.alpha / module.rank, 0, dropout=0.0, layer=place, clock=clock)
-        )
+        scale, rows = module.alpha / module.rank, Rows(0, b.shape[0])
+        linear.branches.append(LoraBranch(module.name, a.to(device), b.to(device), scale, rows, dropout=0.0, layer=place, clock=clock))

@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pipeline.job.errors import JobError
 from pipeline.model import attention
 from pipeline.model.config import first_line
-from pipeline.model.families import Family, family_of
+from pipeline.model.families import Family
 from pipeline.model.head import Head
 from pipeline.model.linear import freeze_linears
+from pipeline.model.pooler import Pooler
+from pipeline.model.unknown import family_of
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Family]:
-    """The causal language model of a config, on `meta`; constant buffers (rotary frequencies) are real.
+    """The language model of a config, or the encoder without its head, on `meta`; constant buffers (rotary frequencies) are real.
 
     Args:
         dropout: probability of the base's own dropouts.
@@ -30,14 +32,24 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
     family = family_of(config)
     for key in family.dropouts:
         setattr(config, key, dropout)
+    for key in family.off:
+        setattr(config, key, 0.0)
     attention.register()
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+            kind = AutoModelForSequenceClassification if family.encoder else AutoModelForCausalLM
+            model = kind.from_config(config, attn_implementation=attention.NAME if family.packs else None)
         model.tie_weights()
     except Exception as error:  # as above
         raise JobError(f"{config.name_or_path}: its config.json makes no model ({first_line(error)}). Fetch it again.") from None
-    model.lm_head = Head(model.lm_head)
+    if family.encoder:
+        # The head is the delta's, whole and in fp32 on every rank.
+        for name in family.head.modules:
+            setattr(model, name, nn.Identity())
+        if path := family.head.pooler:
+            model.set_submodule(path, Pooler(model.get_submodule(path)))
+    elif not family.own_logits:
+        model.lm_head = Head(model.lm_head, getattr(config, "final_logit_softcapping", None))
     freeze_linears(model)
     model.requires_grad_(False)
     return model, family

@@ -21,10 +21,15 @@ _CHUNK_LOGITS = 1 << 25
 
 
 class Head(nn.Module):
-    """The model's last linear map: logits, or the summed loss where labels are given. Takes over the original's parameters."""
+    """The model's last linear map: logits, or the summed loss where labels are given. Takes over the original's parameters.
 
-    def __init__(self, original: nn.Linear) -> None:
+    Args:
+        softcap: logits are bent to stay within it, c tanh(z / c), as Gemma 2's are.
+    """
+
+    def __init__(self, original: nn.Linear, softcap: float | None = None) -> None:
         super().__init__()
+        self.softcap = softcap
         self.weight = original.weight
         self.bias = original.bias
 
@@ -33,13 +38,20 @@ class Head(nn.Module):
     ) -> torch.Tensor | HeadLoss:
         """Logits [..., V] without labels; with labels [M], the loss of x [M, D] and its gradient, outside any graph."""
         if labels is None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return _loss(x, labels, self.weight, self.bias, smoothing, with_gradient)
+            logits = nn.functional.linear(x, self.weight, self.bias)
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return _loss(x, labels, self.weight, self.bias, self.softcap, smoothing, with_gradient)
 
 
 @torch.no_grad()
 def _loss(
-    hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, smoothing: float, with_gradient: bool
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    smoothing: float,
+    with_gradient: bool,
 ) -> HeadLoss:
     vocabulary = weight.shape[0]
     rows = max(1, _CHUNK_LOGITS // vocabulary)
@@ -48,7 +60,13 @@ def _loss(
     gradient = torch.empty_like(hidden) if with_gradient else None
     for first in range(0, len(labels), rows):
         part, label = hidden[first : first + rows], labels[first : first + rows, None]
-        log_p = nn.functional.linear(part, weight, bias).float().log_softmax(-1)
+        logits = nn.functional.linear(part, weight, bias).float()
+        bent = None
+        if softcap is not None:
+            bent = torch.tanh(logits / softcap)
+            logits = softcap * bent
+        log_p = logits.log_softmax(-1)
+        del logits
         part_nll = -log_p.gather(1, label).sum()
         nll += part_nll
         loss += (1.0 - smoothing) * part_nll
@@ -57,6 +75,8 @@ def _loss(
         if gradient is not None:
             slope = log_p.exp_().sub_(smoothing / vocabulary)
             slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
+            if bent is not None:
+                slope *= 1.0 - bent.square()
             gradient[first : first + rows] = slope.to(part.dtype) @ weight
     return loss, nll, gradient
 

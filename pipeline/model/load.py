@@ -19,7 +19,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.zero import zero_stage
 from pipeline.model.build import build
 from pipeline.model.families import Family
-from pipeline.model.names import match_names
+from pipeline.model.names import find, match_names
 from pipeline.model.zero3 import Partitioner, run_of, shape_of, shard_of
 from pipeline.weights.index import Checkpoint, Entry, open_checkpoint
 from pipeline.weights.read import Reader
@@ -65,7 +65,7 @@ def load_base(
     tensors = match_names(model, family, checkpoint)
     partitioner = Partitioner(zero, dtype) if zero_stage(zero) == 3 else None
     with Reader() as reader:
-        places, again = _places(model), _stored_again(model, checkpoint, tensors)
+        places, again = _places(model), _stored_again(model, family, checkpoint, tensors)
         for name in progress(tensors):
             parameter = _read(tensors[name], reader, dtype, device, partitioner)
             for other in again.get(name, []):
@@ -100,14 +100,14 @@ def _places(model: PreTrainedModel) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _stored_again(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, Entry]) -> dict[str, list[Entry]]:
+def _stored_again(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, tensors: dict[str, Entry]) -> dict[str, list[Entry]]:
     """Parameter name -> further tensors of the checkpoint that are tied to it."""
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     again: dict[str, list[Entry]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = first_name[id(parameter)]
-        if name not in tensors and name in checkpoint.entries and tensors[first].name != name:
-            again.setdefault(first, []).append(checkpoint.entries[name])
+        if name not in tensors and (entry := find(name, family, checkpoint)) and tensors[first].name != entry.name:
+            again.setdefault(first, []).append(entry)
     return again
 
 

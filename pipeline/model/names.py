@@ -1,6 +1,10 @@
-"""Names of parameters in a model <-> names of tensors in its checkpoint: exact, or without the body's prefix (hub GPT-2)."""
+"""Names of parameters in a model <-> names of tensors in its checkpoint: exact, without the body's prefix (hub GPT-2), or as older
+releases called them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from transformers import PreTrainedModel
 
@@ -20,12 +24,10 @@ def match_names(model: PreTrainedModel, family: Family, checkpoint: Checkpoint) 
     matched: dict[str, Entry] = {}
     used: set[str] = set()
     for name, parameter in parameters.items():
-        for candidate in (name, name.removeprefix(f"{family.body}."), f"{family.body}.{name}"):
-            if entry := checkpoint.entries.get(candidate):
-                break
-        else:
+        entry = find(name, family, checkpoint)
+        if entry is None:
             # A tied tensor may be stored under its other name only.
-            entry = next((checkpoint.entries[t] for t in tied if t in checkpoint.entries and _same(model, t, name)), None)
+            entry = next((found for t in tied if _same(model, t, name) and (found := find(t, family, checkpoint))), None)
         if entry is None:
             raise JobError(f'{checkpoint.folder}: no tensor for parameter "{name}". Is config.json that of these weights?')
         if entry.shape != tuple(parameter.shape):
@@ -35,12 +37,25 @@ def match_names(model: PreTrainedModel, family: Family, checkpoint: Checkpoint) 
             )
         matched[name] = entry
         used.add(entry.name)
+    again = {candidate for name in tied for candidate in _candidates(name, family)}
     for name in checkpoint.entries:
-        if name not in used and name not in tied and not name.endswith(family.ignored):
+        if name not in used and name not in again and not any(fnmatchcase(name, pattern) for pattern in family.ignored):
             raise JobError(
                 f'{checkpoint.folder}: tensor "{name}" has no place in a {model.config.model_type}. Is config.json that of these weights?'
             )
     return matched
+
+
+def find(name: str, family: Family, checkpoint: Checkpoint) -> Entry | None:
+    """The tensor of a parameter, by whichever of its names."""
+    return next((checkpoint.entries[found] for found in _candidates(name, family) if found in checkpoint.entries), None)
+
+
+def _candidates(name: str, family: Family) -> Iterator[str]:
+    """What a parameter may be called, the likeliest first."""
+    for prefixed in (name, name.removeprefix(f"{family.body}."), f"{family.body}.{name}"):
+        yield prefixed
+        yield from (prefixed.replace(new, old) for new, old in family.renamed if new in prefixed)
 
 
 def _same(model: PreTrainedModel, one: str, other: str) -> bool:

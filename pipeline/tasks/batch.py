@@ -24,6 +24,8 @@ class Layout:
     """For each group, [E, L]: index into the flat tokens; padding points at token 0 and is never read back."""
     to_flat: torch.Tensor
     """[N] index into the flattened views laid end to end."""
+    real: tuple[torch.Tensor | None, ...]
+    """For each group, [E, L] which are no padding; None where there is none. Attention that looks ahead needs it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class MicroBatch:
     """[N] int32: what identifies a token wherever it is computed, for dropout: a mix of example id and position."""
     layout: Layout | None
     """None when padded: right padding with causal attention needs no mask."""
+    mask: torch.Tensor | None
+    """[E, L] of a padded one: 1 where a token is real."""
+    types: torch.Tensor
+    """Shape of the tokens: 1 from the second text of a pair on, as BERT's family is told."""
+    first_index: torch.Tensor
+    """Of labelled texts, [E] the first token of each: what encoders judge a text by."""
 
 
 def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, device: torch.device) -> MicroBatch:
@@ -60,14 +68,16 @@ def collate(sequences: list[Sequence], example_ids: list[int], packed: bool, dev
     else:
         labels = padded.roll(-1, dims=1)[labelled]
     keys = _keys(torch.tensor(example_ids)[:, None], within)
+    types = (within >= torch.tensor([s.texts[1][0] if len(s.texts) > 1 else longest for s in sequences])[:, None]).long()
+    starts = (lengths.cumsum(0) - lengths if packed else torch.arange(count) * longest)[: count * judged]
     if packed:
-        layout = _layout(lengths.tolist(), device)
-        fields = [padded[real][None], within[real][None], index, labels, keys[real]]
+        layout, mask = _layout(lengths.tolist(), device), None
+        fields = [padded[real][None], within[real][None], index, labels, keys[real], types[real][None], starts]
     else:
-        layout = None
-        fields = [padded, within, index, labels, keys.flatten()]
-    tokens, positions, index, labels, keys = (field.to(device) for field in fields)
-    return MicroBatch(tokens, positions, index, labels, keys, layout)
+        layout, mask = None, real.long().to(device)
+        fields = [padded, within, index, labels, keys.flatten(), types, starts]
+    tokens, positions, index, labels, keys, types, starts = (field.to(device) for field in fields)
+    return MicroBatch(tokens, positions, index, labels, keys, layout, mask, types, starts)
 
 
 def _learnt(sequences: list[Sequence], longest: int) -> torch.Tensor:
@@ -87,7 +97,7 @@ def _layout(lengths: list[int], device: torch.device) -> Layout:
         if not groups or lengths[example] * 2 < lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(example)
-    views, to_flat, place = [], torch.empty(starts[-1], dtype=torch.long), 0
+    views, masks, to_flat, place = [], [], torch.empty(starts[-1], dtype=torch.long), 0
     for group in groups:
         longest = lengths[group[0]]
         view = torch.zeros(len(group), longest, dtype=torch.long)
@@ -97,7 +107,9 @@ def _layout(lengths: list[int], device: torch.device) -> Layout:
             to_flat[first : first + length] = torch.arange(place, place + length)
             place += longest
         views.append(view.to(device))
-    return Layout(tuple(views), to_flat.to(device))
+        own = torch.tensor([lengths[example] for example in group])[:, None]
+        masks.append((torch.arange(longest) < own).to(device) if int(own.min()) < longest else None)
+    return Layout(tuple(views), to_flat.to(device), tuple(masks))
 
 
 def _keys(example_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

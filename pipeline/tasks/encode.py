@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
 from pipeline.job.errors import JobError
@@ -27,14 +27,18 @@ class Encoder:
     """How one task's examples become sequences.
 
     Args:
-        separator: text between prompt and completion, or between two texts that are judged together.
+        separator: text between prompt and completion, or between two texts that are judged together; None: the tokenizer's own form.
         block_tokens: running text is cut into blocks of so many.
         vocabulary: rows of the base's embeddings.
         chat: prompts are conversations that the base's template has rendered.
+        special: judged texts stand between the tokenizer's own tokens, as encoders have learnt them.
     """
 
-    def __init__(self, tokens: Tokens, separator: str, block_tokens: int, vocabulary: int, chat: bool = False) -> None:
+    def __init__(
+        self, tokens: Tokens, separator: str | None, block_tokens: int, vocabulary: int, chat: bool = False, special: bool = False
+    ) -> None:
         self._tokens, self._separator, self._block, self._vocabulary = tokens, separator, block_tokens, vocabulary
+        self._special = special
         # A template begins a text as it must be.
         self._lead, self._chat = [] if chat else tokens.lead, chat
         self._template = Template(tokens)
@@ -42,7 +46,7 @@ class Encoder:
     @property
     def settings(self) -> tuple[object, ...]:
         """All that the sequences depend on beside the examples."""
-        return self._tokens.digest, self._separator, self._block, self._vocabulary
+        return self._tokens.digest, self._separator, self._block, self._vocabulary, self._special
 
     def asked(self, examples: list[Example]) -> list[Pair]:
         """What is generated and what is expected, where examples have that: of a conversation, the last answer."""
@@ -50,7 +54,8 @@ class Encoder:
 
     def prompts(self, texts: list[str]) -> list[list[int]]:
         """Token ids of prompts with the separator, ready to be continued; an empty one becomes the end token, GPT-2's start."""
-        return [self._lead + ids or [self._tokens.end_id] for ids in self._tokens.ids([text + self._separator for text in texts])]
+        behind = self._separator or ""
+        return [self._lead + ids or [self._tokens.end_id] for ids in self._tokens.ids([text + behind for text in texts])]
 
     def typed(self, texts: list[str]) -> list[list[int]]:
         """The same of prompts as a person types them: where the base's chat template is used, each is a user's turn."""
@@ -105,10 +110,22 @@ class Encoder:
             yield Sequence(ids, ((len(prompt), len(ids)),)), pair.source
 
     def _labelled(self, examples: list[Labelled]) -> Iterator[tuple[Sequence, str]]:
-        joined = self._tokens.ids([self._separator.join(example.texts) for example in examples])
-        for example, ids in zip(examples, joined, strict=True):
-            # Without an end token: transformers takes the last token that is no padding, and pads with the end token.
-            yield Sequence((*self._tokens.lead, *ids) or (self._tokens.end_id,), (), example.label), example.source
+        groups = [example.texts if self._separator is None else (self._separator.join(example.texts),) for example in examples]
+        ids = iter(self._tokens.ids([text for group in groups for text in group]))
+        for example, group in zip(examples, groups, strict=True):
+            if self._special:
+                yield self._between(list(islice(ids, len(group))), example.label), example.source
+            else:
+                # Without an end token: transformers takes the last token that is no padding, and pads with the end token.
+                yield Sequence((*self._tokens.lead, *next(ids)) or (self._tokens.end_id,), (), example.label), example.source
+
+    def _between(self, texts: list[list[int]], label: float | None) -> Sequence:
+        first, *others = self._tokens.around(len(texts))
+        tokens, places = [*first], []
+        for ids, behind in zip(texts, others, strict=True):
+            places.append((len(tokens), len(tokens) + len(ids)))
+            tokens += ids + behind
+        return Sequence(tuple(tokens), (), label, tuple(places))
 
     def _blocks(self, documents: Iterator[Document]) -> Iterator[tuple[Sequence, str]]:
         """Documents end to end, an end token after each, in blocks of equal length; the last may be shorter."""

@@ -126,6 +126,8 @@ class Sequence:
     """First token and end of each run of tokens that the loss counts; from 1 on, since the first has nothing that predicts it."""
     label: float | None = None
     """Of the whole, where the task has labels."""
+    texts: tuple[tuple[int, int], ...] = ()
+    """First token and end of each text that is judged, where the rest are the tokenizer's own. None given: all is one text."""
 
     def __len__(self) -> int:
         return len(self.tokens)

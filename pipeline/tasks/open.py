@@ -102,9 +102,9 @@ def named_split(task: SingleTask, split: Split) -> str:
     return f"task.data = {task.data or '(the hub)'}: the {split} split"
 
 
-def separator_text(task: SingleTask, end_token: str) -> str:
-    """What stands between prompt and completion: each task's own, nothing for your own texts."""
-    if task.separator is not None:
+def separator_text(task: SingleTask, end_token: str, encoder: bool = False) -> str | None:
+    """What stands between prompt and completion: each task's own, nothing for your own texts. None: an encoder's own form of texts."""
+    if task.separator is not None or encoder:
         return task.separator
     match task:
         case E2E() | WebNlg() | Dart():

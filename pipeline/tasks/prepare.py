@@ -21,15 +21,16 @@ from pipeline.tasks.tokens import Tokens
 from pipeline.weights.digest import digest_of
 
 
-def encoder_of(task: SingleTask, tokens: Tokens, vocabulary: int, block_tokens: int) -> Encoder:
+def encoder_of(task: SingleTask, tokens: Tokens, vocabulary: int, block_tokens: int, special: bool) -> Encoder:
     """How a task's examples become sequences.
 
     Args:
         vocabulary: rows of the base's embeddings.
         block_tokens: of running text.
+        special: the base is an encoder, which has learnt texts between the tokenizer's own tokens.
     """
     block = block_tokens if isinstance(task, PlainText) else 0
-    return Encoder(tokens, separator_text(task, tokens.end_text), block, vocabulary, isinstance(task, Conversations))
+    return Encoder(tokens, separator_text(task, tokens.end_text, special), block, vocabulary, isinstance(task, Conversations), special)
 
 
 def source_of(task: SingleTask, split: Split, encoder: Encoder) -> Source:

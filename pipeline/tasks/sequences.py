@@ -197,13 +197,39 @@ def truncate(sequence: Sequence, max_tokens: int) -> Sequence:
     """A prompt loses its left, so that its end and the whole completion stay; then the completion loses its end.
 
     At least one prompt token stays: the first target token is predicted from it. A conversation loses its beginning, so that its
-    last answer stays; a text with a label loses its end.
+    last answer stays. Of a text with a label its end is cut; of two, the end of the longer one, as transformers' `longest_first` does.
     """
     over = len(sequence) - max_tokens
     if over <= 0:
         return sequence
     if sequence.label is not None or not sequence.spans:
-        return Sequence(sequence.tokens[:max_tokens], sequence.spans, sequence.label)
+        return _cut_texts(sequence, max_tokens)
     cut = min(over, sequence.spans[-1][0] - 1)
     moved = [(max(1, start - cut), min(end - cut, max_tokens)) for start, end in sequence.spans]
     return Sequence(sequence.tokens[cut:][:max_tokens], tuple((start, end) for start, end in moved if start < end))
+
+
+def _cut_texts(sequence: Sequence, max_tokens: int) -> Sequence:
+    """The tokenizer's own tokens stay around what is left of each text."""
+    texts = sequence.texts or ((0, len(sequence)),)
+    lengths = [end - first for first, end in texts]
+    room = max(0, max_tokens - (len(sequence) - sum(lengths)))
+    kept = [min(room, lengths[0])] if len(texts) == 1 else _longest_first(lengths[0], lengths[1], room)
+    tokens: tuple[int, ...] = ()
+    places, last = [], 0
+    for (first, end), length in zip(texts, kept, strict=True):
+        tokens += sequence.tokens[last:first]
+        places.append((len(tokens), len(tokens) + length))
+        tokens += sequence.tokens[first : first + length]
+        last = end
+    return Sequence(tokens + sequence.tokens[last:], (), sequence.label, tuple(places) if sequence.texts else ())
+
+
+def _longest_first(first: int, second: int, room: int) -> list[int]:
+    """What stays of two texts: only the longer one is cut where that is enough, else both to a half (as in tokenizers)."""
+    short, long = sorted((first, second))
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short = room // 2
+        long = short + room % 2
+    return [short, long] if first <= second else [long, short]

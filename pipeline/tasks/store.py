@@ -31,12 +31,13 @@ from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import cache_folder, digest_of, sha256_of
 from pipeline.weights.record import DataFile
 
-_VERSION = 1
+_VERSION = 2
 _ARROW, _ABOUT = "sequences.arrow", "about.json"
 _SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),
         "spans": pa.list_(pa.int32()),
+        "texts": pa.list_(pa.int32()),
         "label": pa.float64(),
         "targets": pa.int32(),
         "file": pa.int32(),
@@ -80,9 +81,8 @@ class Store:
 
     def __getitem__(self, index: int) -> Sequence:
         batch, row = self._at(index)
-        spans = _values(batch["spans"], row).tolist()
-        label = batch["label"][row].as_py()
-        return Sequence(tuple(_values(batch["tokens"], row).tolist()), tuple(zip(spans[::2], spans[1::2], strict=True)), label)
+        tokens = tuple(_values(batch["tokens"], row).tolist())
+        return Sequence(tokens, _runs(batch["spans"], row), batch["label"][row].as_py(), _runs(batch["texts"], row))
 
     def tokens(self, index: int) -> int:
         batch, row = self._at(index)
@@ -118,6 +118,11 @@ def _values(column: pa.ListArray, row: int) -> np.ndarray:
     offsets = column.offsets
     first, end = offsets[row].as_py(), offsets[row + 1].as_py()
     return column.values.slice(first, end - first).to_numpy()
+
+
+def _runs(column: pa.ListArray, row: int) -> tuple[tuple[int, int], ...]:
+    places = _values(column, row).tolist()
+    return tuple(zip(places[::2], places[1::2], strict=True))
 
 
 def open_store(source: Source, settings: object, encode: Encode, what: str, progress: Progress) -> Store:
@@ -248,6 +253,7 @@ class _Writer:
         self._out = pa.ipc.new_file(self._sink, _SCHEMA)
         self._tokens: list[np.ndarray] = []
         self._spans: list[list[int]] = []
+        self._texts: list[list[int]] = []
         self._rows: list[tuple[float | None, int, int, int]] = []
         """Of each sequence: label, targets, number of its file, line."""
         self._hashes: dict[str, hashlib._Hash] = {}
@@ -270,10 +276,11 @@ class _Writer:
     def add(self, sequence: Sequence, source: str) -> None:
         file, _, line = source.rpartition(":")
         tokens = np.array(sequence.tokens, np.int32)
-        spans = [place for span in sequence.spans for place in span]
+        spans, texts = ([place for run in runs for place in run] for runs in (sequence.spans, sequence.texts))
         targets = sequence.targets
         self._tokens.append(tokens)
         self._spans.append(spans)
+        self._texts.append(texts)
         self._rows.append((sequence.label, targets, self._number(file), int(line)))
         self._hashes[file].update(repr((len(tokens), spans, sequence.label)).encode() + tokens.tobytes())
         self._counts[file] += 1
@@ -295,11 +302,12 @@ class _Writer:
 
     def _flush(self) -> None:
         if self._rows:
-            lists = [_lists(self._tokens), _lists([np.array(spans, np.int32) for spans in self._spans])]
-            fields = list(_SCHEMA)[2:]
+            runs = [_lists([np.array(places, np.int32) for places in column]) for column in (self._spans, self._texts)]
+            lists = [_lists(self._tokens), *runs]
+            fields = list(_SCHEMA)[len(lists) :]
             single = [pa.array(values, f.type) for values, f in zip(zip(*self._rows, strict=True), fields, strict=True)]
             self._out.write_batch(pa.record_batch([*lists, *single], schema=_SCHEMA))
-            self._tokens, self._spans, self._rows, self._held = [], [], [], 0
+            self._tokens, self._spans, self._texts, self._rows, self._held = [], [], [], [], 0
 
 
 def _lists(values: list[np.ndarray]) -> pa.ListArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.job.errors import JobError
 from pipeline.weights.digest import sha256_of
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-"""Of which a tokenizer has at least one: the fast form, SentencePiece, BPE, WordPiece, T5's, Mistral's."""
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "tekken.json")
+"""Of which a tokenizer has at least one: the fast form, SentencePiece, BPE, WordPiece, T5's, DeBERTa's, Mistral's."""
 _MORE_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -25,7 +25,7 @@ class Tokens:
         folder: the base's local folder.
 
     Raises:
-        JobError: the folder has no tokenizer, or one without an end token.
+        JobError: the folder has no tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,17 +37,47 @@ class Tokens:
         except Exception as error:  # whatever a damaged file sets off: the libraries' failures have no common type
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JobError(f"{folder}: no tokenizer can be loaded from here ({reason}). Fetch its files again.") from None
-        if self.tokenizer.eos_token_id is None:
-            raise JobError(f"{folder}: the tokenizer has no end token. Set eos_token in tokenizer_config.json.")
         self.folder = folder
-        self.end_id: int = self.tokenizer.eos_token_id
         special = self.tokenizer("")["input_ids"]
-        self.lead: list[int] = [i for i in special[:1] if i == self.tokenizer.bos_token_id and i != self.end_id]
+        self.lead: list[int] = [i for i in special[:1] if i == self.tokenizer.bos_token_id and i != self.tokenizer.eos_token_id]
         """What every text begins with: the tokenizer's start token, or nothing."""
+
+    @property
+    def end_id(self) -> int:
+        """What ends a text.
+
+        Raises:
+            JobError: see `require_end`.
+        """
+        self.require_end()
+        return int(self.tokenizer.eos_token_id)
+
+    def require_end(self) -> None:
+        """Raises:
+        JobError: the tokenizer has no end token. Those of encoders need none."""
+        if self.tokenizer.eos_token_id is None:
+            raise JobError(f"{self.folder}: the tokenizer has no end token. Set eos_token in tokenizer_config.json.")
 
     @property
     def end_text(self) -> str:
         return str(self.tokenizer.eos_token)
+
+    @cache  # noqa: B019  (as long-lived as the program)
+    def around(self, texts: int) -> list[list[int]]:
+        """The tokenizer's own tokens of one text or two: before the first, between, behind the last.
+
+        Raises:
+            JobError: it does not keep the texts apart.
+        """
+        word = self.ids(["a"])[0]
+        left, runs = list(self.tokenizer(*["a"] * texts)["input_ids"]), []
+        for _ in range(texts):
+            place = next((place for place in range(len(left)) if left[place : place + len(word)] == word), None)
+            if place is None:
+                raise JobError(f"{self.folder}: the tokenizer joins texts in a way that is not known. Set task.separator.")
+            runs.append(left[:place])
+            left = left[place + len(word) :]
+        return [*runs, left]
 
     @cached_property
     def digest(self) -> str:

@@ -46,6 +46,8 @@ class Head:
     """Names of the classes; None: the output is a number."""
     architecture: str
     """transformers' name of the model with such a head."""
+    tensors: tuple[str, ...] = ("score.weight",)
+    """Their names in that model."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-HEAD_TENSOR = "score.weight"
-"""In a model of transformers; [classes, width]."""
-HEAD_KEY = f"base_model.model.{HEAD_TENSOR}"
-"""PEFT's name of it."""
+def head_key(tensor: str) -> str:
+    """PEFT's name of a head's tensor."""
+    return f"base_model.model.{tensor}"
 
 
 def keys_of(module: str) -> tuple[str, str]:
@@ -111,7 +112,8 @@ def read_manifest(folder: Path) -> Manifest:
             )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
         if head := fields.get("head"):
-            fields["head"] = Head(head["labels"] and tuple(head["labels"]), head["architecture"])
+            lists = {key: tuple(value) for key, value in head.items() if isinstance(value, list)}
+            fields["head"] = Head(**head | lists)
         return Manifest(**fields)
     except (FileNotFoundError, NotADirectoryError):
         raise JobError(f"{folder}: no {MANIFEST} here, so this is not a delta. Name the delta/ folder of a run.") from None
@@ -135,19 +137,19 @@ def read_delta(folder: Path) -> tuple[Manifest, dict[str, tuple[torch.Tensor, to
     return manifest, pairs
 
 
-def read_head(folder: Path) -> torch.Tensor | None:
-    """The head's weight [C, D], where the delta has one.
+def read_head(folder: Path) -> dict[str, torch.Tensor]:
+    """The head's tensors by their names in transformers' model; none where the delta has no head.
 
     Raises:
         JobError: damaged or incomplete files.
     """
     manifest, file = read_manifest(folder), folder / TENSORS
     if manifest.head is None:
-        return None
-    weight = _tensors(file, manifest).get(HEAD_KEY)
-    if weight is None:
-        raise JobError(f"{file}: no {HEAD_KEY}, though {MANIFEST} names a head. The delta is damaged; save it again.")
-    return weight
+        return {}
+    stored = _tensors(file, manifest)
+    if missing := [name for name in manifest.head.tensors if head_key(name) not in stored]:
+        raise JobError(f"{file}: no {head_key(missing[0])}, though {MANIFEST} names it. The delta is damaged; save it again.")
+    return {name: stored[head_key(name)] for name in manifest.head.tensors}
 
 
 def _tensors(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -148,4 +148,4 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_repair(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.rmtree(folder / "special_tokens_map.json", ignore_errors=True)
     with pytest.raises(JobError, match="Set eos_token"):
-        Tokens(folder)
+        Tokens(folder).require_end()
