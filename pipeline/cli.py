@@ -98,12 +98,12 @@ def data(
     from pipeline.data import look
     from pipeline.data_report import show_data
     from pipeline.job.read import read_job
-    from pipeline.screen import Screen
+    from pipeline.screen import Screen, json_text
 
     screen = Screen(sys.stderr if as_json else sys.stdout)
     report = look(read_job(job, tuple(overrides or ())), examples, screen)
     if as_json:
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         show_data(screen, report)
     if report["refusal"]:
@@ -293,7 +293,7 @@ def score(
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, cola (or another of GLUE), texts, ...")
     ],
-    predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's .jsonl.")],
+    predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's or zlora generate's .jsonl.")],
     references: Annotated[
         Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
     ] = None,
@@ -312,14 +312,14 @@ def score(
     from pipeline.evaluate.metrics.choose import metrics_of, refuse_unknown
     from pipeline.evaluate.metrics.read import read_scored
     from pipeline.job.metrics import shown
-    from pipeline.screen import Screen
+    from pipeline.screen import Screen, json_text
 
     refuse_unknown(task, script, tables)
     found, groups = read_scored(predictions, references)
     metrics, notes = metrics_of(task, found, groups, script, tables)
     if as_json:
         report = {"schema_version": 1, "task": task, "script": script, "predictions": len(found), "metrics": metrics, "notes": notes}
-        print(json.dumps(report))
+        print(json_text(report))
         return
     screen = Screen(sys.stdout)
     screen.table(f"{task}: {len(found)} predictions", [(name, shown(task, name, value)) for name, value in metrics.items()])

@@ -21,7 +21,7 @@ from pipeline.model.config import read_config
 from pipeline.model.families import known_family, refuse_encoder
 from pipeline.screen import Screen
 from pipeline.tasks.example import Sequence
-from pipeline.tasks.open import has_split, open_split, sources_of
+from pipeline.tasks.open import has_split, sources_of
 from pipeline.tasks.order import refuse_longer
 from pipeline.tasks.prepare import encoder_of, split_store, stream_of
 from pipeline.tasks.sequences import Sequences, fit
@@ -65,10 +65,13 @@ def look(job: Job, examples: int, screen: Screen) -> dict[str, Any]:
     absent = []
     for split in _OTHERS:
         for task in filter(lambda task: has_split(task, split), tasks):
-            if split != job.evaluate.split and (reason := _missing(task, split)):
-                absent.append({"split": split, "source": titled(task), "reason": reason})
-            else:
+            try:
                 rows.append(part(task, split, context)[0])
+            except JobError as error:
+                if split == job.evaluate.split:
+                    raise
+                # Training does not look at it.
+                absent.append({"split": split, "source": titled(task), "reason": str(error)})
     return {
         "schema_version": 1,
         "base": job.base.model,
@@ -84,14 +87,6 @@ def look(job: Job, examples: int, screen: Screen) -> dict[str, Any]:
             for index in range(min(examples, len(fitted or store)))
         ],
     }
-
-
-def _missing(task: SingleTask, split: Split) -> str | None:
-    try:
-        open_split(task, split)
-    except JobError as error:
-        return str(error)
-    return None
 
 
 def _fitted(store: Store, limit: int, task: SingleTask) -> tuple[Sequences | None, dict[str, Any]]:

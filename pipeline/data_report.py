@@ -24,7 +24,7 @@ def show_data(screen: Screen, report: dict[str, Any]) -> None:
     for row in report["splits"]:
         screen.table(_title(row, several), _split_rows(row))
     for row in report["absent"]:
-        screen.table(_title(row, several), [("not there", row["reason"])])
+        screen.table(_title(row, several), [("not usable", row["reason"])])
     if report["training"]:
         screen.table("training", _training_rows(report["training"]))
     if report["examples"]:

@@ -7,6 +7,7 @@ terminal for what is written through `Screen`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -43,7 +44,7 @@ class Screen:
     def say(self, value: dict[str, Any]) -> None:
         """One JSON object, a line of standard output."""
         if self._out:
-            print(json.dumps(value, ensure_ascii=False), file=self._out, flush=True)
+            print(json_text(value), file=self._out, flush=True)
 
     @property
     def coloured(self) -> bool:
@@ -146,6 +147,24 @@ def take_terminal(logs: Path | None, rank: int) -> tuple[TextIO, TextIO]:
     os.dup2(log, 2)
     os.close(log)
     return out, error
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """One line."""
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """None in place of infinity and NaN, which JSON has not."""
+    match value:
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
 
 
 def size_text(count: float) -> str:

@@ -232,6 +232,8 @@ def test_labels_are_counted_and_withheld_ones_too(tmp_path, gpt2_base):
     text = shown(report)
     assert "unacceptable 1 (20.0 %) · acceptable 4 (80.0 %)" in text
     assert "the labels of 2 texts" in text
+    (absent,) = seen(tmp_path / "job.toml", "task.form=text")["absent"]  # which cannot be scored; training does not look at it
+    assert (absent["split"], "test.tsv:2: labels of this split are withheld" in absent["reason"]) == ("test", True)
     (folder / "test.tsv").unlink()
     (absent,) = seen(tmp_path / "job.toml")["absent"]
     assert (absent["split"], "test.tsv" in absent["reason"]) == ("test", True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 
-from pipeline.screen import Screen
+from pipeline.screen import Screen, json_text
 
 
 def test_brackets_are_shown_as_they_are():
@@ -18,3 +19,13 @@ def test_brackets_are_shown_as_they_are():
     shown = stream.getvalue()
     for text in ("run [x/b]", "[INST] hi [/INST]", "runs/a [red]/delta", "[/b] plain [x]", "step 2/2 · loss 0.2500 · 100 tokens/s"):
         assert text in shown
+
+
+def test_json_has_neither_infinity_nor_nan():
+    row = {"metrics": {"loss": float("inf"), "rmse": 2.0}, "rows": [float("nan"), 1, None, "é"]}
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    read = json.loads(json_text(row), parse_constant=refuse)
+    assert read == {"metrics": {"loss": None, "rmse": 2.0}, "rows": [None, 1, None, "é"]}

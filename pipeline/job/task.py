@@ -147,8 +147,15 @@ class Classification(OwnData):
     """The column of a second text that is judged together with the first."""
     label: Text = "label"
     """The column of the class."""
-    labels: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)]
+    labels: Annotated[tuple[Text, ...], Field(strict=False)]
     """The classes, as the column has them. Their order is that of the head's outputs."""
+
+    @field_validator("labels")
+    @classmethod
+    def _classes(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) < max(2, len(labels)):
+            raise ValueError(f"{', '.join(labels) or 'empty'}. Name at least two classes, each once.")
+        return labels
 
 
 class Regression(OwnData):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.screen import finite, json_text
 from pipeline.weights.atomic import write_text
 
 _TAGS = {
@@ -72,7 +72,7 @@ class Board:
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
         self._record({"step": step, "split": split, **metrics})
-        self.evaluated[step, split] = _plain(metrics)
+        self.evaluated[step, split] = finite(metrics)
         # The steps have train/loss.
         folder = "train_split" if split == "train" else split
         with _named(self._folder):
@@ -88,14 +88,14 @@ class Board:
 
     def last_values(self) -> dict[str, Any]:
         """Of the newest step, for the result; None where a value is not there or not finite."""
-        return _plain({key: self.last.get(key) for key in ("loss", "skipped_steps", "seconds", "peak_memory_bytes")})
+        return finite({key: self.last.get(key) for key in ("loss", "skipped_steps", "seconds", "peak_memory_bytes")})
 
     def sync(self) -> None:
         """Has the rows on disk: a state must not be there before the steps that led to it."""
         os.fsync(self._metrics.fileno())
 
     def _record(self, row: dict[str, float | str]) -> None:
-        line = json.dumps(_plain(row)).encode() + b"\n"
+        line = json_text(row).encode() + b"\n"
         with _named(self._file):
             if self._metrics.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -103,11 +103,6 @@ class Board:
     def text(self, tag: str, text: str) -> None:
         with _named(self._folder):
             self._events.add_text(tag, text)
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no NaN; a skipped step's gradient norm is one of them."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 @contextmanager

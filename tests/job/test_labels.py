@@ -39,3 +39,9 @@ def test_your_own_labels_are_those_of_the_job():
 @pytest.mark.parametrize("task", [E2E(kind="e2e"), Pairs(kind="csv", data="d")])
 def test_a_task_of_texts_has_no_labels(task):
     assert labels_of(task) == ()
+
+
+@pytest.mark.parametrize("labels", [(), ("a",), ("a", "b", "a")])
+def test_labels_are_at_least_two_each_once(labels):
+    with pytest.raises(ValueError, match="Name at least two classes, each once"):
+        Classification(kind="classification", data="d", labels=labels)

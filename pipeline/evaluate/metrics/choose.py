@@ -5,6 +5,7 @@ In: predictions and the references of each. Out: metrics by name, and notes on w
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -185,8 +186,8 @@ def _correlations(predictions: list[str], scores: list[str]) -> dict[str, float]
 def _numbers(texts: list[str], place: str) -> list[float]:
     numbers = []
     for count, text in enumerate(texts, 1):
-        if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text):
-            raise JobError(f'{place}: number {count} is "{text[:80]}", not a number. Mend it.')
+        if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text) or not math.isfinite(float(text)):
+            raise JobError(f'{place}: number {count} is "{text[:80]}", not a finite number. Mend it.')
         numbers.append(float(text))
     return numbers
 

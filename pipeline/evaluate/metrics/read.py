@@ -22,7 +22,7 @@ def read_scored(predictions: Path, references: Path | None) -> tuple[list[str], 
         return _from_jsonl(predictions)
     if references is None:
         raise JobError(f"{predictions}: predictions alone cannot be scored. Add --references FILE, or name a .jsonl of zlora evaluate.")
-    found, groups = _lines(predictions), _groups(references)
+    found, groups = _texts(predictions), _groups(references)
     if not found:
         raise JobError(f"{predictions}: is empty. Name a file with one prediction a line.")
     if len(groups) == 1 and len(found) != 1:
@@ -52,14 +52,34 @@ def _groups(file: Path) -> list[list[str]]:
     return groups
 
 
+def _texts(file: Path) -> list[str]:
+    """Predictions: lines, WikiSQL's JSON among them; of JSON lines that have a "prediction" each, that."""
+    found = _lines(file)
+    if file.suffix != ".jsonl":
+        return found
+    texts = [text for row in map(_parsed, found) if isinstance(row, dict) and isinstance(text := row.get("prediction"), str)]
+    if texts and len(texts) < len(found):
+        raise JobError(f'{file}: {len(found)} lines, but only {len(texts)} are objects with a "prediction". Mend or remove the others.')
+    return texts or found
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _from_jsonl(file: Path) -> tuple[list[str], list[list[str]]]:
     found, groups = [], []
+    tasks = dict[str, None]()
     for number, line in enumerate(_lines(file), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = _parsed(line)
+        if isinstance(row, dict) and isinstance(row.get("task"), str):
+            tasks[row["task"]] = None
         match row:
+            case {"prediction": str(), "references": []}:
+                raise JobError(f"{file}:{number}: has no references: its label or text is withheld. Add --references FILE.")
             case {"prediction": str(text), "references": [str(), *_] as group} if all(isinstance(other, str) for other in group):
                 found.append(text)
                 groups.append(group)
@@ -69,6 +89,8 @@ def _from_jsonl(file: Path) -> tuple[list[str], list[list[str]]]:
                 )
     if not found:
         raise JobError(f"{file}: is empty. Name a file with one prediction a line.")
+    if len(tasks) > 1:
+        raise JobError(f"{file}: holds predictions of several tasks ({', '.join(tasks)}). Put those of one into a file of their own.")
     return found, groups
 
 

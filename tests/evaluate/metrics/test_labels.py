@@ -49,8 +49,9 @@ def test_each_glue_task_has_its_metrics():
     assert set(metrics_of("stsb", texts, groups)[0]) == {"pearson", "spearman"}
     for task in ("sst2", "mnli", "qnli", "rte"):
         assert metrics_of(task, texts, groups)[0] == pytest.approx({"accuracy": 2 / 3})
-    with pytest.raises(JobError, match='number 2 is "good", not a number'):
-        metrics_of("stsb", ["1", "good", "2"], groups)
+    for wrong in ("good", "1e400", "nan"):
+        with pytest.raises(JobError, match=f'number 2 is "{wrong}", not a finite number'):
+            metrics_of("stsb", ["1", wrong, "2"], groups)
 
 
 ROUGE = [

@@ -59,6 +59,25 @@ def test_bad_json_lines_and_missing_files_are_one_line(tmp_path):
         read_scored(write(tmp_path / "found", "a"), None)
 
 
+def test_of_what_generate_wrote_the_predictions_are_scored(tmp_path):
+    wanted = write(tmp_path / "wanted", "a\n\nb\n")
+    answers = write(tmp_path / "answers.jsonl", '{"prompt": "p", "prediction": "a\\nb"}\n{"prompt": "q", "prediction": ""}\n')
+    assert read_scored(answers, wanted) == (["a\nb", ""], [["a"], ["b"]])
+    queries = ['{"sel": 0, "agg": 0, "conds": []}', "SELECT 1"]  # of WikiSQL: lines are predictions themselves
+    assert read_scored(write(tmp_path / "queries.jsonl", "\n".join(queries)), wanted)[0] == queries
+    half = write(tmp_path / "half.jsonl", '{"prediction": "a"}\n{"prompt": "q"}\n')
+    with pytest.raises(JobError, match=r"half\.jsonl: 2 lines, but only 1 are objects"):
+        read_scored(half, wanted)
+
+
+def test_what_cannot_be_scored_together_is_refused(tmp_path):
+    mixed = [{"task": task, "prompt": "p", "prediction": "1", "references": ["1"]} for task in ("a", "b")]
+    with pytest.raises(JobError, match=r"several tasks \(a, b\)"):
+        read_scored(write(tmp_path / "mix.jsonl", "".join(json.dumps(row) + "\n" for row in mixed)), None)
+    with pytest.raises(JobError, match=r"test\.jsonl:1: has no references: its label or text is withheld"):
+        read_scored(write(tmp_path / "test.jsonl", '{"prediction": "1", "references": []}\n'), None)
+
+
 def score(folder, *arguments):
     command = [sys.executable, "-m", "pipeline", "score", "--predictions", str(folder / "found"), "--references", str(folder / "wanted")]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
