@@ -59,9 +59,9 @@ def main() -> None:
     worst = max(step["private_bytes"] for step in steps.values())
     lines = [
         ["", "seconds", "of processors", "tokens/s", "private MB beyond imports, peak"],
-        *(cells(f"{asked.bytes / 1e6:,.0f} MB, ours: {name}", [step], name) for name, step in steps.items()),
-        *(cells(f"{asked.peer_bytes / 1e6:,.0f} MB, {way}: build", runs[way], "build") for way in runs),
-        *(cells(f"{asked.peer_bytes / 1e6:,.0f} MB, {way}: second start", [again[way]], "second start") for way in runs),
+        *(row_of(f"{asked.bytes / 1e6:,.0f} MB, ours: {name}", [step], name) for name, step in steps.items()),
+        *(row_of(f"{asked.peer_bytes / 1e6:,.0f} MB, {way}: build", runs[way], "build") for way in runs),
+        *(row_of(f"{asked.peer_bytes / 1e6:,.0f} MB, {way}: second start", [again[way]], "second start") for way in runs),
     ]
     summary = [
         f"datasets / ours, building, median of {asked.rounds} paired rounds: {ratio(runs, 'seconds'):.1f} x the time, "
@@ -83,7 +83,7 @@ def main() -> None:
     sys.exit(worst > PROMISED_BYTES)
 
 
-def cells(name: str, runs: list[Measured], step: str) -> list[str]:
+def row_of(name: str, runs: list[Measured], step: str) -> list[str]:
     seconds, cpu_s = (median(run[key] for run in runs) for key in ("seconds", "cpu_s"))
     rate = "" if step == "second start" else f"{runs[0]['tokens'] / seconds:,.0f}"
     return [name, f"{seconds:.2f}", f"{cpu_s:.2f}", rate, f"{max(run['private_bytes'] for run in runs) / 1e6:.0f}"]
