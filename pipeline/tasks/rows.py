@@ -27,7 +27,7 @@ _LARGEST_CELL = 1 << 24
 """Characters. Without a limit, a quotation mark left open would swallow the rest of the file."""
 _BATCH = 256
 _BUFFER_BYTES = 1 << 20
-"""Without a buffer, a whole column of a row group is read at once."""
+"""Otherwise a whole column of a row group is read at once, and all of a file may be one group."""
 
 
 def rows(file: Path, form: Format, columns: tuple[str, ...]) -> Iterator[Found]:
@@ -135,7 +135,7 @@ def _parquet(file: Path, columns: tuple[str, ...]) -> Iterator[Found]:
 
     number = 0
     try:
-        with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as table:
+        with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             _require(columns, table.schema_arrow.names, str(file))
             for batch in table.iter_batches(_BATCH, columns=list(columns)):
                 for row in _values(batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -298,3 +299,15 @@ def test_an_unknown_ending_is_named_before_anything_is_read(tmp_path):
     file.write_text("")
     with pytest.raises(JobError, match=r'a\.xlsx: "\.xlsx" is not the end of a known format'):
         open_split(own("text", file), "train")
+
+
+def test_a_parquet_file_that_is_one_row_group_is_read_in_little_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(97, 123, 4000))) for _ in range(5000)]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), file, use_dictionary=False)
+    before, most = pa.total_allocated_bytes(), 0
+    for found, text in zip(open_split(own("text", file), "train").read(), texts, strict=True):
+        assert found.text == text
+        most = max(most, pa.total_allocated_bytes())
+    assert most - before < 8e6
