@@ -181,14 +181,16 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {"gpt2": _gpt2, "llama
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a method puts on one layer's parts: part name -> roles (output rows) of its branches."""
+    """What a method puts on each layer."""
 
     rank: int
-    rows: dict[str, tuple[int, ...]]
+    branches: tuple[tuple[str, int], ...]
+    """Name of a part and output rows, for each branch."""
     dropout: float
 
     def of(self, part: Part) -> tuple[int, ...]:
-        return self.rows.get(part.name, ())
+        """Output rows of a part's branches."""
+        return tuple(rows for name, rows in self.branches if name == part.name)
 
     def layer_parameters(self, shape: Shape) -> int:
         """Trained elements of a layer: A [R, K] and B [P, R] for each branch."""
@@ -205,20 +207,17 @@ def adapt(shape: Shape, targets: tuple[str, ...], rank: int, dropout: float) -> 
     Raises:
         JobError: a target that the base does not have.
     """
-    rows: dict[str, tuple[int, ...]] = {}
+    branches: list[tuple[str, int]] = []
     for target in targets:
-        found = False
+        found = len(branches)
         for part in (part for part in shape.layer if part.outputs):
             if target in part.roles:
-                rows[part.name] = (*rows.get(part.name, ()), part.outputs // len(part.roles))
+                branches.append((part.name, part.outputs // len(part.roles)))
             elif part.name == target or part.name.endswith(f".{target}"):
-                rows[part.name] = (*rows.get(part.name, ()), part.outputs)
-            else:
-                continue
-            found = True
-        if not found:
+                branches.append((part.name, part.outputs))
+        if len(branches) == found:
             raise JobError(f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(shape.roles)}.')
-    return Adapted(rank, rows, dropout)
+    return Adapted(rank, tuple(branches), dropout)
 
 
 def shard(sizes: tuple[int, ...], ranks: int) -> int:
