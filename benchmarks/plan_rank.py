@@ -1,12 +1,12 @@
 """One rank of `plan.py`: takes real steps and follows every tensor storage from its birth to its end.
 
-    python benchmarks/plan_rank.py CASES OUT      (with RANK, WORLD_SIZE, ... as pipeline/cluster/launch.py sets them)
+    python benchmarks/plan_rank.py CASE OUT      (with RANK, WORLD_SIZE, ... as pipeline/cluster/launch.py sets them)
 
-CASES is JSON: a list of objects with `base` (a folder), `config` (a ds_configs file), `job` (a job's TOML file), `tokens` (lengths of
-the examples of one micro-batch), `label_tokens`, `micro_batches`. OUT gets, for each, the bytes by part.
+CASE is JSON: `job` (a TOML file), `set` (overrides), `tokens` (lengths of the examples of each micro-batch), `label_tokens` of them,
+`micro_batches`. OUT gets the bytes by part.
 
 What is followed are the storages that operators hand out, so neither the allocator nor Python counts: the kernels' own scratch
-memory does not show. Anonymous resident memory is read from the kernel beside it.
+memory does not show. Anonymous resident memory, which has all of that, is read from the kernel beside it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,17 @@ from pipeline.model.build import TORCH_DTYPES, checkpointed, read_config
 from pipeline.model.causal import Causal
 from pipeline.model.load import load_base
 from pipeline.model.zero3 import shard_bytes
+from pipeline.plan.activations import MicroBatch as Batch
+from pipeline.plan.hardware import gpu_of
+from pipeline.plan.memory import memory, setting
+from pipeline.plan.shapes import read_shape
 from pipeline.tasks.batch import MicroBatch, collate
 from pipeline.tasks.example import Sequence
 from pipeline.train.engine import Engine, Ranks, join_ranks, leave_ranks
 from pipeline.train.step import Stepper
 
-WARM_STEPS = 3
-"""ZeRO-3 records its trace in the first steps; the last one is measured."""
+STEPS = 3
+"""ZeRO-3 records its trace in the first two; the last one is measured."""
 _NAME = "_PartitionedParameterCoordinator__all_gather_params"
 _FETCH, _GATHER = PartitionedParameterCoordinator.fetch_sub_module, getattr(PartitionedParameterCoordinator, _NAME)
 
@@ -48,8 +53,10 @@ class Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = {"gathered": 0, "other": 0}
-        self.peak: dict[str, int] = {}
-        self.most = {"gathered": 0, "other": 0}
+        self.most = dict(self.live)
+        """Of each, at its own moment."""
+        self.total = 0
+        """The most of both together."""
         self.maker = "other"
         self._known: dict[int, weakref.ref] = {}
 
@@ -77,25 +84,18 @@ class Storages(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.live[maker] += count
         self.most[maker] = max(self.most[maker], self.live[maker])
-        if sum(self.live.values()) > sum(self.peak.values() or [0]):
-            self.peak = dict(self.live)
-
-    @contextmanager
-    def phase(self, into: dict[str, Any], name: str) -> Iterator[None]:
-        self.peak, self.most = dict(self.live), dict(self.live)
-        with self:
-            yield
-        into[name] = {"peak": sum(self.peak.values()), "at_peak": self.peak, "most": self.most, "end": dict(self.live)}
+        self.total = max(self.total, sum(self.live.values()))
 
 
-def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    job = read_job(Path(case["job"]), tuple(case.get("set", ())))
-    zero = deepspeed_config(Path(job.memory.config))
+def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
+    """Bytes by part of the last of a few steps; see the head of this file."""
+    job = read_job(Path(case["job"]), tuple(case["set"]))
+    zero, dtype = deepspeed_config(Path(job.memory.config)), TORCH_DTYPES[job.base.dtype]
     config = read_config(Path(job.base.model))
-    storages, report = Storages(), {}
-    anonymous = resident()["RssAnon"]
-    with storages.phase(report, "load"):
-        base = load_base(Path(job.base.model), config, TORCH_DTYPES[job.base.dtype], ranks.device, zero, job.train.dropout)
+    anonymous = {"start": anonymous_bytes()}
+    loading = Storages()
+    with loading:
+        base = load_base(Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout)
     delta = attach(base.model, base.family, job.methods, 1, ranks.device)
     root = Causal(base.model, base.family)
     root.train()
@@ -105,43 +105,71 @@ def measure(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     stepper = Stepper(engine, root, delta, job.train, ranks, fp16=job.base.dtype == "fp16")
     tensors = delta.tensors().values()
     state = [part for one in stepper.optimizer.state.values() for part in one.values()]
-    report["base_shard"] = shard_bytes(base.model)
-    report["delta"] = sum(t.numel() * t.element_size() for t in tensors)
-    report["gradient"] = stepper._flat.numel() * 4
-    report["optimizer"] = sum(t.numel() * t.element_size() for t in state if t.dim())
+    report: dict[str, Any] = {
+        "load": loading.total,
+        "base_shard": shard_bytes(base.model),
+        "delta": bytes_of(tensors),
+        "gradients": stepper._flat.numel() * 4,
+        "optimizer": bytes_of(t for t in state if t.dim()),
+    }
+    fixed = sum(report[name] for name in ("base_shard", "delta", "gradients", "optimizer"))
     storages = Storages()
     storages.know(iter([*tensors, *state, stepper._flat]))
     storages.know(getattr(p, "ds_tensor", p.data) for p in base.model.parameters())
-    batches = [batch_of(case, n, ranks) for n in range(case.get("micro_batches", 1))]
-    report["gathered_elements"] = watch_gathers(storages)
-    with storages:
-        for step in range(WARM_STEPS):
-            report["gathered_elements"][:] = [0]
-            if step == WARM_STEPS - 1:
-                gc.collect()
-                anonymous_before = resident()["RssAnon"]
-                storages.peak, storages.most = dict(storages.live), dict(storages.live)
-                report["between"] = dict(storages.live)
-                forward_end(root, storages, report)
-            result = stepper(step, batches, sum(len(b.labels) for b in batches) * ranks.count, 1e-4)
-    report["step"] = {"peak": sum(storages.peak.values()), "at_peak": storages.peak, "most": storages.most, "end": dict(storages.live)}
-    report["anonymous"] = {"start": anonymous, "between": anonymous_before, "end": resident()["RssAnon"]}
-    report["loss"] = result.loss
+    batches = [batch_of(case["tokens"], case["label_tokens"], number, ranks) for number in range(case["micro_batches"])]
+    targets = sum(len(batch.labels) for batch in batches) * ranks.count
+    with storages, watched_gathers(storages) as gathered, anonymous_peak(anonymous):
+        for step in range(STEPS):
+            gathered[0] = 0
+            gc.collect()
+            storages.total, storages.most = sum(storages.live.values()), dict(storages.live)
+            note = root.register_forward_hook(lambda *_: report.update(kept=storages.live["other"], forward=storages.total))
+            stepper(step, batches, targets, 1e-4)
+            note.remove()
+    report |= {
+        "gathered_elements": gathered[0],
+        "gathered": storages.most["gathered"],
+        "forward": report["forward"] + fixed,
+        "step": storages.total + fixed,
+        "anonymous": anonymous,
+    }
     return report
 
 
-def forward_end(root: Causal, storages: Storages, report: dict[str, Any]) -> None:
-    """What is alive between forward and backward: the saved activations."""
+def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """What the plan says of the same case, by the same names; no margin and no context."""
+    job = read_job(Path(case["job"]), tuple(case["set"]))
+    zero, shape = deepspeed_config(Path(job.memory.config)), read_shape(Path(job.base.model))
+    asked = setting(job, zero, shape, gpu_of("cpu"), ranks, 1, 0, None)
+    lengths = case["tokens"]
+    found = memory(asked, Batch(sum(lengths), padded_tokens(lengths), case["label_tokens"]))
+    return {
+        **{name: found.parts[name] for name in ("base_shard", "delta", "gradients", "optimizer")},
+        "kept": found.activations.kept,
+        "gathered": found.parts["gathered"],
+        "gathered_elements": found.gathered.fetched * case["micro_batches"],
+        "forward": found.allocated["forward"],
+        "step": max(found.allocated["forward"], found.allocated["backward"]),
+    }
 
-    def note(module: Any, inputs: Any, output: Any) -> None:
-        report["forward_end"] = dict(storages.live)
-        report["forward_peak"] = dict(storages.peak)
 
-    root.register_forward_hook(note)
+def padded_tokens(lengths: list[int]) -> int:
+    """Of the views in which attention sees packed examples (pipeline/tasks/batch.py)."""
+    views: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        if not views or length * 2 < views[-1][0]:
+            views.append([])
+        views[-1].append(length)
+    return sum(len(view) * view[0] for view in views)
 
 
-def watch_gathers(storages: Storages) -> list[int]:
-    """Storages made inside DeepSpeed's fetch are gathered weights; their elements are counted."""
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def watched_gathers(storages: Storages) -> Iterator[list[int]]:
+    """Storages made inside DeepSpeed's fetch are gathered weights; the elements of what is gathered are counted."""
     counted = [0]
 
     def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,32 +185,54 @@ def watch_gathers(storages: Storages) -> list[int]:
 
     PartitionedParameterCoordinator.fetch_sub_module = fetch
     setattr(PartitionedParameterCoordinator, _NAME, gathering)
-    return counted
+    try:
+        yield counted
+    finally:
+        PartitionedParameterCoordinator.fetch_sub_module = _FETCH
+        setattr(PartitionedParameterCoordinator, _NAME, _GATHER)
 
 
-def batch_of(case: dict[str, Any], number: int, ranks: Ranks) -> MicroBatch:
+def batch_of(lengths: list[int], label_tokens: int, number: int, ranks: Ranks) -> MicroBatch:
+    """Examples of these lengths, the last tokens of the first of them learnt."""
     sequences = []
-    left = case["label_tokens"]
-    for length in case["tokens"]:
-        own = min(left, length - 1)
-        left -= own
+    for length in lengths:
+        own = min(label_tokens, length - 1)
+        label_tokens -= own
         tokens = tuple((7 * number + 3 * place + ranks.rank) % 100 for place in range(length))
         sequences.append(Sequence(tokens, ((length - own, length),) if own else ()))
     return collate(sequences, list(range(len(sequences))), True, ranks.device)
 
 
-def resident() -> dict[str, int]:
+def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "VmHWM"))}
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def main(cases: Path, out: Path) -> None:
+@contextmanager
+def anonymous_peak(into: dict[str, int]) -> Iterator[None]:
+    """The most while the block runs, looked at every 2 ms."""
+    end = threading.Event()
+    into["peak"] = 0
+
+    def follow() -> None:
+        while not end.wait(0.002):
+            into["peak"] = max(into["peak"], anonymous_bytes())
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def main(case: Path, out: Path) -> None:
     torch.set_num_threads(1)
     ranks = join_ranks()
-    # Each case in a process of its own would pay for the imports every time; what one leaves behind is not followed.
-    reports = [measure(case, ranks) for case in json.loads(cases.read_text())]
+    report = measure(ranks, json.loads(case.read_text()))
     if ranks.first:
-        out.write_text(json.dumps(reports))
+        out.write_text(json.dumps(report))
     leave_ranks()
 
 

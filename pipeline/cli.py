@@ -70,9 +70,7 @@ def plan(
     gpu: Annotated[str, typer.Option(metavar="NAME", help="v100-16g, v100-32g, a100-40g, a100-80g, h100, h200, l40s, cpu.")] = "a100-80g",
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; the fewest on which the job fits, when absent.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes they are on; as few as hold them, when absent.")] = None,
-    example_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an example; the longest there can be, when absent.")
-    ] = None,
+    example_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the longest there can be, when absent.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,

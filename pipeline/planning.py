@@ -128,7 +128,11 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
     largest = "layer" if asked.checkpointing else "module"
     lines = [
         ("base shard", f"{shape.parameters:,} parameters x {e} / {ranks}", found.parts["base_shard"]),
-        ("gathered", f"modules in use, one prefetch, at least a {largest}; below the persistence threshold always", found.parts["gathered"]),
+        (
+            "gathered",
+            f"modules in use and ahead, at least a {largest}; small ones always",
+            found.parts["gathered"],
+        ),
         ("delta", f"{asked.trained:,} parameters x 4", found.parts["delta"]),
         ("gradients", "the same, one flat buffer", found.parts["gradients"]),
         ("optimizer", "two moments, the delta's size each", found.parts["optimizer"]),
@@ -181,7 +185,9 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     )
     screen.table("fewest GPUs with these settings", [(name, _count(count)) for name, count in answers["fewest_gpus"].items()])
     if answers["changes"]:
-        rows = [(c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]]
+        rows = [
+            (c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]
+        ]
         screen.table("to need less", rows)
     if plan["paper"]:
         rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
@@ -196,6 +202,11 @@ def _generation(plan: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     largest = _count(plan["answers"]["largest_generation_batch_tokens"])
     return [("generation", f"{plan['setting']['generation_batch_tokens']:,} tokens at once; largest that fits: {largest}")]
+
+
+def _change(change: dict[str, Any]) -> str:
+    keys = ", ".join(f"{key} = {value}" for key, value in change["keys"].items())
+    return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
 
 
 def _words(name: str) -> str:

@@ -49,9 +49,7 @@ def _needed_bytes(root: Causal, decoding: Decoding) -> int:
     config = root.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return whole_bytes(root) + generation_bytes(
-        config.num_hidden_layers, width, config.vocab_size, root.model.dtype.itemsize, decoding
-    )
+    return whole_bytes(root) + generation_bytes(config.num_hidden_layers, width, config.vocab_size, root.model.dtype.itemsize, decoding)
 
 
 def _free_bytes(ranks: Ranks) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.plan.gathering import Prefetch
-from pipeline.plan.hardware import Gpu
-from pipeline.plan.memory import Setting, memory
+from pipeline.plan.hardware import GIB, Gpu
+from pipeline.plan.memory import Setting, beside, memory
 from pipeline.plan.work import work
 
 _NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -115,7 +115,7 @@ def changes(asked: Setting) -> list[Change]:
                     "shards in main memory",
                     {"offload_param.device": "cpu"},
                     replace(asked, offload=True),
-                    "every gather goes through the link to the host",
+                    f"{beside(replace(asked, offload=True)).host_per_node / GIB:,.0f} GiB of main memory a node, and the link to it",
                 )
             )
     if asked.stage == 3:

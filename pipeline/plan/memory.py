@@ -107,8 +107,10 @@ class Memory:
 
     parts: dict[str, int]
     """Each part at its largest. They do not all come together: `phases` says which do."""
+    allocated: dict[str, int]
+    """The most in each phase."""
     phases: dict[str, int]
-    """The most in each, context and margin included."""
+    """The same, context and margin included."""
     activations: Activations
     gathered: Gathered
     gathers_once: bool
@@ -123,15 +125,15 @@ class Memory:
         return max(count for name, count in self.phases.items() if name != "generate")
 
 
-def memory(asked: Setting) -> Memory:
-    """Of the longest micro-batch, every token of which carries a label."""
+def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
+    """Args:
+    batch: the micro-batch. None: a full one of examples of one length, with a label on every token.
+    """
     shape, e, gpu = asked.shape, asked.element_bytes, asked.gpu
-    # Shorter examples make more rows of attention's padded views, of which at most half is padding; equal lengths make none.
-    n = asked.micro_batch_tokens
-    labels = max(1, n // asked.example_tokens) if asked.head_outputs else n
-    acts = activations(shape, asked.adapted, MicroBatch(n, n, labels), e, asked.checkpointing, asked.dropout)
+    batch = batch or _full(asked)
+    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout)
     if asked.head_outputs:
-        acts = replace(acts, logits=labels * (asked.head_outputs + shape.width) * _FP32)
+        acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3
     found = _gathered(shape, asked.adapted, asked.prefetch, min(asked.ranks, 8), asked.checkpointing) if sharded else _NOTHING
     base = (shard(shape.sizes, asked.ranks) if sharded else shape.parameters) * e
@@ -176,7 +178,12 @@ def memory(asked: Setting) -> Memory:
         "margin": max(phases.values()) - max(used.values()) - gpu.context_bytes,
         "context": gpu.context_bytes,
     }
-    return Memory(parts, phases, acts, found, once)
+    return Memory(parts, used, phases, acts, found, once)
+
+
+def _full(asked: Setting) -> MicroBatch:
+    n = asked.micro_batch_tokens
+    return MicroBatch(n, n, max(1, n // asked.example_tokens) if asked.head_outputs else n)
 
 
 _NOTHING = Gathered(0, 0, 0, 0)

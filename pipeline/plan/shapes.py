@@ -223,4 +223,3 @@ def adapt(shape: Shape, targets: tuple[str, ...], rank: int, dropout: float) -> 
 def shard(sizes: tuple[int, ...], ranks: int) -> int:
     """Elements that a rank holds: of each parameter ceil(n / ranks), as ZeRO-3 pads it (pipeline/model/zero3.py)."""
     return sum(-(-size // ranks) for size in sizes)
-

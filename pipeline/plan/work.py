@@ -33,7 +33,7 @@ class Work:
 
 def work(asked: Setting, found: Memory) -> Work:
     """With `ATTAINED` of the GPU's peak rate."""
-    shape, gpu, tokens = asked.shape, asked.gpu, asked.batch_examples * asked.example_tokens
+    gpu, tokens = asked.gpu, asked.batch_examples * asked.example_tokens
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes = asked.ranks, asked.nodes
