@@ -127,7 +127,8 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
             stepper(step, batches, targets, 1e-4)
             note.remove()
     report |= {
-        "gathered_elements": gathered[0],
+        # One rank has it all.
+        "gathered_elements": gathered[0] if ranks.count > 1 else 0,
         "gathered": storages.most["gathered"],
         "forward": report["forward"] + fixed,
         "step": storages.total + fixed,

@@ -137,7 +137,7 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
         ("gradients", "the same, one flat buffer", found.parts["gradients"]),
         ("optimizer", "two moments, the delta's size each", found.parts["optimizer"]),
     ]
-    lines += [(f"a layer keeps: {name}", formula, count) for name, formula, count in found.activations.terms]
+    lines += [(f"a layer keeps: {term.what}", term.formula, term.bytes) for term in found.activations.terms]
     keeps = "the layers' inputs" if asked.checkpointing else f"{shape.layers} layers"
     lines += [
         ("kept for backward", f"{keeps} and the last norm, {asked.micro_batch_tokens} tokens", found.activations.kept),

@@ -26,6 +26,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Term:
+    what: str
+    formula: str
+    bytes: int
+    stage: int = 9
+    """Of the part that keeps it (`Part.stage`); branches keep theirs always."""
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes."""
 
@@ -37,8 +46,8 @@ class Activations:
     """On top of `kept`, at the forward pass's worst moment outside the loss."""
     backward: int
     """The most in the backward pass, all told: gradients of activations and, with checkpointing, what one layer recomputes."""
-    terms: tuple[tuple[str, str, int], ...]
-    """Name, formula and bytes of what one layer keeps."""
+    terms: tuple[Term, ...]
+    """What one layer keeps."""
 
 
 def activations(shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes: int, checkpointing: bool, dropout: float) -> Activations:
@@ -47,14 +56,15 @@ def activations(shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes
     """
     n, d, e = batch.tokens, shape.width, element_bytes
     terms = _layer(shape, adapted, batch, e, dropout)
-    layer = sum(count for _, _, count in terms)
+    layer = sum(term.bytes for term in terms)
     norm = _norm(shape, n, e)
     hidden = n * d * e
     # The label positions' gradient that the loss already knows (pipeline/model/head.py), tokens, positions, keys and layout.
     ends = norm + batch.label_tokens * d * e + 48 * n
     ends += 2 * n * shape.head_width * e if shape.norm == "rms" else 0  # cos and sin, shared by the layers
-    # The first layer's first norm stands before everything trained.
-    kept = shape.layers * layer - norm + ends
+    # What stands before everything trained has no gradient in the first layer.
+    first = min(part.stage for part in shape.layer if adapted.of(part))
+    kept = shape.layers * layer + ends - sum(term.bytes for term in terms if term.stage < first)
     # Backward at its worst, if the last layer's activation function is: the gradient of its output and of both factors of its product.
     peak = 3 * n * shape.ffn * e
     worst = kept - norm - batch.label_tokens * d * e + peak + hidden
@@ -63,7 +73,7 @@ def activations(shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes
         worst = max(worst, kept - batch.label_tokens * d * e + 5 * n * d * _FP32)
     if checkpointing:
         # Each layer's input; where learnt positions are added, the embedding's output too, which was made a leaf.
-        kept = shape.layers * hidden + ends + (hidden if len(shape.embeddings) > 1 else 0)
+        kept = shape.layers * hidden + ends + (hidden if shape.learns_positions else 0)
         shared = hidden if norm == hidden + _statistics(shape, n) else 0  # the norm keeps the layer's input itself
         worst = kept - norm - batch.label_tokens * d * e + layer - shared + peak + 2 * hidden
     rows = min(batch.label_tokens, max(1, CHUNK_LOGITS // shape.vocabulary))
@@ -75,28 +85,25 @@ def activations(shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes
     return Activations(kept, logits, inside, worst, terms)
 
 
-def _layer(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: float) -> tuple[tuple[str, str, int], ...]:
+def _layer(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: float) -> tuple[Term, ...]:
     n, p, d, f = batch.tokens, batch.padded_tokens, shape.width, shape.ffn
     wide, narrow = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    terms = [
-        ("norms", "2 N D e" if shape.norm == "layer" else "2 N D (4 in fp32)", 2 * _norm(shape, n, e)),
-        ("queries, keys, values", "P (H + 2 Hkv) Dh e", p * (wide + 2 * narrow) * e),
-        ("attention's output", "P H Dh e + 4 P H", p * wide * e + _FP32 * p * shape.heads),
-    ]
-    match shape.activation:
-        case "new_gelu":
-            # 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh are four tensors (transformers' NewGELUActivation).
-            terms.append(("activation function", "4 N F e", 4 * n * f * e))
-        case "gated_silu":
-            terms.append(("activation function", "3 N F e", 3 * n * f * e))
-    terms.append(("inputs of branches", "N K e (2 N K e each with dropout)", _branch_inputs(shape, adapted, n, e)))
+    norm, formula = _norm(shape, n, e), "N D e" if shape.norm == "layer" else "N D 4, in fp32"
     branches = sum(n * adapted.rank * e for part in shape.layer for _ in adapted.of(part))
     # In the base's dtype for each pass: B times its scale, and A where that is not fp32.
     cast = adapted.layer_parameters(shape) if e != _FP32 else adapted.layer_outputs(shape)
-    terms.append(("branches", "N R e each, and A, B in the base's dtype", branches + cast * e))
-    if dropout:
-        terms.append(("the base's dropout", "2 N D e", 2 * n * d * e))
-    return tuple(terms)
+    # Of GPT-2's 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh (NewGELUActivation). Of silu(x) y: x, silu(x) and y.
+    factors = 4 if shape.activation == "new_gelu" else 3
+    terms = [
+        Term("first norm", formula, norm, 0),
+        Term("queries, keys, values", "P (H + 2 Hkv) Dh e", p * (wide + 2 * narrow) * e, 1),
+        Term("attention's output", "P H Dh e + 4 P H", p * wide * e + _FP32 * p * shape.heads, 1),
+        Term("second norm", formula, norm, 3),
+        Term("activation function", f"{factors} N F e", factors * n * f * e, 4),
+        Term("inputs of branches", "N K e (2 N K e each with dropout)", _branch_inputs(shape, adapted, n, e)),
+        Term("branches", "N R e each, and A, B in the base's dtype", branches + cast * e),
+    ]
+    return (*terms, Term("the base's dropout", "2 N D e", 2 * n * d * e)) if dropout else tuple(terms)
 
 
 def _branch_inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> int:

@@ -68,13 +68,16 @@ def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, che
     if ranks == 1:
         # One rank owns everything: gathering makes no copy.
         return Gathered(0, 0, 0, 0)
-    follower = _Follower(sizes, visits, prefetch, ranks)
+    # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
+    first = _Follower(sizes, visits, prefetch, ranks)
+    first.run()
+    follower = _Follower(sizes, visits, prefetch, ranks, first.decisions)
     follower.run()
     return Gathered(follower.most["forward"], follower.most["backward"], between, follower.fetched)
 
 
 def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[int, ...], list[_Visit]]:
-    """Sizes of all parameters, and the visits of modules that hold some, in the order of a micro-batch."""
+    """Sizes of all parameters, and the visits of modules, in the order of a micro-batch."""
     sizes: list[int] = []
 
     def take(part: Part) -> tuple[int, ...]:
@@ -86,20 +89,26 @@ def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[i
     layers = [[take(part) for part in shape.layer] for _ in range(shape.layers)]
     end = take(shape.end)
     head = embeddings[0] if shape.tied else take(shape.head)
-    visits = [_Visit(each, "forward", -1) for each in embeddings]
+    # The root and the body have no parameters of their own.
+    visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
     for number, layer in enumerate(layers):
         visits += [_Visit(each, "forward", number) for each in layer]
     # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
-    visits += [_Visit(end, "forward", -1), _Visit(head, "forward", -1), _Visit(end, "backward", -1)]
+    visits += [_Visit(end, "forward", -1), _Visit(head, "forward", -1)]
+    visits += [_Visit((), "backward", -1)] * 2 + [_Visit(end, "backward", -1)]
     stages = [part.stage for part in shape.layer if adapted.of(part)]
     for number in reversed(range(shape.layers)):
+        pairs = list(zip(shape.layer, layers[number], strict=True))
         if checkpointing:
-            visits += [_Visit(each, "recompute", number) for each in layers[number]]
-        for part, each in reversed(list(zip(shape.layer, layers[number], strict=True))):
+            # The layer itself is not recomputed: its backward hook stands outside.
+            visits.append(_Visit((), "backward", number))
+            visits += [_Visit(each, "recompute", number) for _, each in pairs[1:]]
+            pairs = pairs[1:]
+        for part, each in _backward(pairs):
             # In the first layer nothing before the first branch has a gradient, unless checkpointing gives the embeddings one.
-            inner = checkpointing or number > 0
-            if inner or adapted.of(part) or any(stage < part.stage for stage in stages):
-                visits.append(_Visit(each, "backward", number, inner or any(stage < part.stage for stage in stages)))
+            inner = checkpointing or number > 0 or any(stage < part.stage for stage in stages)
+            if inner or adapted.of(part):
+                visits.append(_Visit(each, "backward", number, inner))
         if checkpointing:
             # What was recomputed belongs to the layer and leaves with it.
             visits.append(_Visit(tuple(p for each in layers[number] for p in each), "release", number))
@@ -107,6 +116,16 @@ def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[i
         # Its output is made a leaf with a gradient (pipeline/model/build.py), so a hook gathers it for a backward pass it does not have.
         visits.append(_Visit(embeddings[0], "backward", -1, leaves=False))
     return tuple(sizes), visits
+
+
+def _backward(pairs: list[tuple[Part, tuple[int, ...]]]) -> list[tuple[Part, tuple[int, ...]]]:
+    """The order in which backward hooks fire: last first, but a module before what is inside it."""
+    blocks = []
+    while pairs:
+        (whole, _), count = pairs[0], 1 + pairs[0][0].inside
+        blocks.append([pairs[0], *_backward(pairs[1:count])] if whole.inside else [pairs[0]])
+        pairs = pairs[count:]
+    return [pair for block in reversed(blocks) for pair in block]
 
 
 @dataclass
@@ -128,17 +147,22 @@ class _Group:
 class _Follower:
     """One micro-batch; names as in DeepSpeed's coordinator."""
 
-    def __init__(self, sizes: tuple[int, ...], visits: list[_Visit], prefetch: Prefetch, ranks: int) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], visits: list[_Visit], prefetch: Prefetch, ranks: int, decisions: list[set[int]] | None = None
+    ) -> None:
         self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
         self._order = [visit for visit in visits if visit.passes != "release"]
         self._persistent = {p for p, size in enumerate(sizes) if size <= prefetch.persistence}
-        self._available = set(self._persistent)
+        self._decided = iter(decisions) if decisions is not None else None
+        self.decisions: list[set[int]] = []
+        """What each release let go."""
+        self._available = set(self._persistent) if decisions is not None else set()
         self._inflight: dict[int, _Group] = {}
         self._live_elements = 0
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
         self._last_fetched_for = [-1] * len(sizes)
         self._step = 0
-        self._elements = sum(sizes[p] for p in self._persistent)
+        self._elements = sum(sizes[p] for p in self._available)
         self.most = {"forward": self._elements, "backward": self._elements}
         self.fetched = 0
         self._passed = [0]
@@ -216,12 +240,17 @@ class _Follower:
             self._elements -= group.flat
 
     def _release(self, visit: _Visit) -> None:
+        leaving = self._leaving(visit) if self._decided is None else next(self._decided)
+        self.decisions.append(leaving)
+        self._drop(leaving)
+
+    def _leaving(self, visit: _Visit) -> set[int]:
         leaving = {p for p in visit.parameters if p not in self._persistent and self._last_fetched_for[p] <= self._step}
         for p in list(leaving):
             use = next((place for place in self._uses[p] if place >= self._step), None)
             if use is not None and self._passed[use] - self._passed[self._step] < self._prefetch.reuse:
                 leaving.discard(p)
-        self._drop(leaving)
+        return leaving
 
     def _drop(self, parameters: set[int]) -> None:
         for p in parameters & self._available:

@@ -21,10 +21,10 @@ Activation = Literal["new_gelu", "gated_silu"]
 
 @dataclass(frozen=True)
 class Part:
-    """A module that holds parameters, as ZeRO-3 gathers it."""
+    """A module, as ZeRO-3 meets it. Those without parameters count too: at each, it looks ahead."""
 
     name: str
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
     """Elements of each of its parameters."""
     inputs: int = 0
     outputs: int = 0
@@ -33,6 +33,8 @@ class Part:
     """What equal runs of its output rows are called."""
     stage: int = 0
     """Parts of a layer that read the same input have the same number; a higher one reads what a lower one made."""
+    inside: int = 0
+    """So many of the parts after it are inside it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Shape:
     @property
     def parameters(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def learns_positions(self) -> bool:
+        return sum(bool(part.sizes) for part in self.embeddings) > 1
 
     @property
     def matmul_parameters(self) -> int:
@@ -120,18 +126,24 @@ def _gpt2(config: dict[str, Any]) -> Shape:
         raise KeyError(f'activation "{activation}"')
     norm = (width, width)
     layer = (
+        Part("", inside=10, stage=6),
         Part("ln_1", norm, stage=0),
+        Part("attn", inside=3, stage=3),
         _linear("attn.c_attn", width, 3 * width, True, ("q", "k", "v"), 1),
         _linear("attn.c_proj", width, width, True, ("o",), 2),
+        Part("attn.resid_dropout", stage=3),
         Part("ln_2", norm, stage=3),
+        Part("mlp", inside=4, stage=6),
         _linear("mlp.c_fc", width, ffn, True, ("mlp_in",), 4),
+        Part("mlp.act", stage=5),
         _linear("mlp.c_proj", ffn, width, True, ("mlp_out",), 5),
+        Part("mlp.dropout", stage=6),
     )
     table = Part("wte", (vocabulary * width,))
     return Shape(
         "gpt2", layers, width, ffn, heads, heads, width // heads, vocabulary, context, "layer", "new_gelu",
         tied=config.get("tie_word_embeddings", True),
-        embeddings=(table, Part("wpe", (context * width,))),
+        embeddings=(table, Part("wpe", (context * width,)), Part("drop")),
         layer=layer,
         end=Part("ln_f", norm),
         head=Part("lm_head", (vocabulary * width,), width, vocabulary),
@@ -150,20 +162,24 @@ def _llama(config: dict[str, Any]) -> Shape:
     if config.get("hidden_act", "silu") != "silu":
         raise KeyError(f'activation "{config["hidden_act"]}"')
     layer = (
+        Part("", inside=12, stage=6),
         Part("input_layernorm", (width,), stage=0),
+        Part("self_attn", inside=4, stage=3),
         _linear("self_attn.q_proj", width, heads * head_width, bias, ("q",), 1),
         _linear("self_attn.k_proj", width, kv_heads * head_width, bias, ("k",), 1),
         _linear("self_attn.v_proj", width, kv_heads * head_width, bias, ("v",), 1),
         _linear("self_attn.o_proj", heads * head_width, width, bias, ("o",), 2),
         Part("post_attention_layernorm", (width,), stage=3),
+        Part("mlp", inside=4, stage=6),
         _linear("mlp.gate_proj", width, ffn, mlp_bias, ("mlp_gate",), 4),
+        Part("mlp.act_fn", stage=5),
         _linear("mlp.up_proj", width, ffn, mlp_bias, ("mlp_in",), 4),
         _linear("mlp.down_proj", ffn, width, mlp_bias, ("mlp_out",), 5),
     )
     return Shape(
         "llama", layers, width, ffn, heads, kv_heads, head_width, vocabulary, context, "rms", "gated_silu",
         tied=config.get("tie_word_embeddings", False),
-        embeddings=(Part("embed_tokens", (vocabulary * width,)),),
+        embeddings=(Part("embed_tokens", (vocabulary * width,)), Part("rotary_emb")),
         layer=layer,
         end=Part("norm", (width,)),
         head=Part("lm_head", (vocabulary * width,), width, vocabulary),
