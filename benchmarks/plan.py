@@ -169,10 +169,10 @@ def row(case: dict[str, Any], expected: dict[str, Any], found: dict[str, Any], w
 
 
 NOTES = [
-    "exact parts: base shard, delta, gradients, optimizer. fetched: said / measured of the elements gathered in a step. kept: activations between forward and backward.",
-    "forward, gathered: said / measured of the forward pass's peak and of gathered weights at their most. peak: of tensor storages",
-    "in a step. anonymous: the most beyond what the process had before loading; it has kernels' scratch memory, Python's own and what",
-    "the allocator keeps. MB are 10^6 bytes.",
+    "exact parts: base shard, delta, gradients, optimizer. fetched, forward, gathered: said / measured of the elements gathered in a",
+    "step, of the forward pass's peak, of gathered weights at their most. kept: activations between forward and backward. peak: of",
+    "tensor storages in a step. anonymous: the most beyond what the process had before loading; it has kernels' scratch memory, Python's",
+    "own and what the allocator keeps. MB are 10^6 bytes.",
     "",
 ]
 

@@ -89,9 +89,9 @@ def _layer(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: f
     n, p, d, f = batch.tokens, batch.padded_tokens, shape.width, shape.ffn
     wide, narrow = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     norm, formula = _norm(shape, n, e), "N D e" if shape.norm == "layer" else "N D 4, in fp32"
-    branches = sum(n * adapted.rank * e for part in shape.layer for _ in adapted.of(part))
+    branches = sum(n * branch.rank * e for branch in adapted.branches)
     # In the base's dtype for each pass: B times its scale, and A where that is not fp32.
-    cast = adapted.layer_parameters(shape) if e != _FP32 else adapted.layer_outputs(shape)
+    cast = adapted.layer_parameters(shape) if e != _FP32 else adapted.layer_outputs
     # Of GPT-2's 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh (NewGELUActivation). Of silu(x) y: x, silu(x) and y.
     factors = 4 if shape.activation == "new_gelu" else 3
     terms = [

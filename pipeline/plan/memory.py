@@ -75,12 +75,12 @@ def setting(
     head_outputs: of a task's own head.
     example_tokens: tokens of an example. None: the longest there can be.
     """
-    method, train = job.methods[0], job.train
+    train = job.train
     longest = min(train.max_tokens or shape.context, shape.context)
     offload = zero["zero_optimization"].get("offload_param") or {}
     return Setting(
         shape=shape,
-        adapted=adapt(shape, method.targets, method.rank, method.dropout),
+        adapted=adapt(shape, job.methods[0]),
         head_outputs=head_outputs,
         dtype=job.base.dtype,
         gpu=gpu,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.job.errors import JobError
+from pipeline.job.spec import Lora
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["new_gelu", "gated_silu"]
@@ -196,44 +197,51 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {"gpt2": _gpt2, "llama
 
 
 @dataclass(frozen=True)
+class Branch:
+    """B A beside some rows of one part: A [R, K], B [P, R]."""
+
+    part: str
+    rank: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Adapted:
     """What a method puts on each layer."""
 
-    rank: int
-    branches: tuple[tuple[str, int], ...]
-    """Name of a part and output rows, for each branch."""
+    branches: tuple[Branch, ...]
     dropout: float
 
-    def of(self, part: Part) -> tuple[int, ...]:
-        """Output rows of a part's branches."""
-        return tuple(rows for name, rows in self.branches if name == part.name)
+    def of(self, part: Part) -> tuple[Branch, ...]:
+        return tuple(branch for branch in self.branches if branch.part == part.name)
 
     def layer_parameters(self, shape: Shape) -> int:
-        """Trained elements of a layer: A [R, K] and B [P, R] for each branch."""
-        return sum(self.rank * (part.inputs + rows) for part in shape.layer for rows in self.of(part))
+        """Trained elements of a layer."""
+        return sum(branch.rank * (part.inputs + branch.rows) for part in shape.layer for branch in self.of(part))
 
-    def layer_outputs(self, shape: Shape) -> int:
+    @property
+    def layer_outputs(self) -> int:
         """Elements of a layer's Bs."""
-        return sum(self.rank * rows for part in shape.layer for rows in self.of(part))
+        return sum(branch.rank * branch.rows for branch in self.branches)
 
 
-def adapt(shape: Shape, targets: tuple[str, ...], rank: int, dropout: float) -> Adapted:
-    """A LoRA method's branches on each layer. Targets are roles, or module names as pipeline/methods/lora.py takes them.
+def adapt(shape: Shape, method: Lora) -> Adapted:
+    """A method's branches on each layer. Targets are roles, or module names as pipeline/methods/lora.py takes them.
 
     Raises:
         JobError: a target that the base does not have.
     """
-    branches: list[tuple[str, int]] = []
-    for target in targets:
-        found = len(branches)
-        for part in (part for part in shape.layer if part.outputs):
-            if target in part.roles:
-                branches.append((part.name, part.outputs // len(part.roles)))
-            elif part.name == target or part.name.endswith(f".{target}"):
-                branches.append((part.name, part.outputs))
-        if len(branches) == found:
+    branches: list[Branch] = []
+    for target in method.targets:
+        found = [
+            Branch(part.name, method.rank_of(target), part.outputs // (len(part.roles) if target in part.roles else 1))
+            for part in shape.layer
+            if part.outputs and (target in part.roles or f".{part.name}".endswith(f".{target}"))
+        ]
+        if not found:
             raise JobError(f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(shape.roles)}.')
-    return Adapted(rank, tuple(branches), dropout)
+        branches += found
+    return Adapted(tuple(branches), method.dropout)
 
 
 def shard(sizes: tuple[int, ...], ranks: int) -> int:
