@@ -29,8 +29,8 @@ from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import attach
 from pipeline.model.build import TORCH_DTYPES, checkpointed
-from pipeline.model.config import read_config
 from pipeline.model.causal import Causal
+from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.model.zero3 import shard_bytes
 from pipeline.plan.activations import MicroBatch as Batch

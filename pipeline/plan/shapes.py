@@ -119,8 +119,9 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool, roles: tuple[str, 
 
 def _gpt2(config: dict[str, Any]) -> Shape:
     # transformers' own defaults, which a config.json may leave out.
-    width, layers, heads = (_first(config, *keys) for keys in (("n_embd", "hidden_size", 768), ("n_layer", 12), ("n_head", 12)))
-    vocabulary, context = config.get("vocab_size", 50257), _first(config, "n_positions", 1024)
+    width = _first(config, "n_embd", "hidden_size", default=768)
+    layers, heads = _first(config, "n_layer", default=12), _first(config, "n_head", default=12)
+    vocabulary, context = _first(config, "vocab_size", default=50257), _first(config, "n_positions", default=1024)
     ffn = config.get("n_inner") or 4 * width
     activation = config.get("activation_function", "gelu_new")
     if activation != "gelu_new":
@@ -152,14 +153,12 @@ def _gpt2(config: dict[str, Any]) -> Shape:
 
 
 def _llama(config: dict[str, Any]) -> Shape:
-    width, ffn, layers, heads = (
-        _first(config, *keys)
-        for keys in (("hidden_size", 4096), ("intermediate_size", 11008), ("num_hidden_layers", 32), ("num_attention_heads", 32))
-    )
+    width, ffn = _first(config, "hidden_size", default=4096), _first(config, "intermediate_size", default=11008)
+    layers, heads = _first(config, "num_hidden_layers", default=32), _first(config, "num_attention_heads", default=32)
     kv_heads = config.get("num_key_value_heads") or heads
     head_width = config.get("head_dim") or width // heads
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    vocabulary, context = config.get("vocab_size", 32000), _first(config, "max_position_embeddings", 2048)
+    vocabulary, context = _first(config, "vocab_size", default=32000), _first(config, "max_position_embeddings", default=2048)
     if config.get("hidden_act", "silu") != "silu":
         raise KeyError(f'activation "{config["hidden_act"]}"')
     layer = (
@@ -187,9 +186,8 @@ def _llama(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
-def _first(config: dict[str, Any], *keys: str | int) -> int:
-    """The first key that the config has; the last of `keys` is the default."""
-    *names, default = keys
+def _first(config: dict[str, Any], *names: str, default: int) -> int:
+    """The first of these keys that the config has."""
     return int(next((config[name] for name in names if config.get(name) is not None), default))
 
 
