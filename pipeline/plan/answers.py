@@ -73,14 +73,15 @@ class Change:
 
 
 def changes(asked: Setting) -> list[Change]:
-    """Single changes that need less memory, those that fit and cost least time first."""
+    """Changes that need less memory: those that fit first, more GPUs last. Where generation does not fit, each comes on top of mending that."""
     now, now_s = memory(asked), _step_s(asked)
     now_bytes = now.peak
     tried: list[tuple[str, dict[str, object], Setting, str]] = []
+    first: dict[str, object] = {}
     if now.phases["generate"] > asked.gpu.memory_bytes and (tokens := largest_generation_batch(asked)):
         # Everything else can only help once this does not hide it.
-        asked = _generating(asked, tokens)
-        tried.append(("generate fewer texts at once", {"evaluate.batch_tokens": tokens}, asked, "scoring takes longer"))
+        asked, first = _generating(asked, tokens), {"evaluate.batch_tokens": tokens}
+        tried.append(("generate fewer texts at once", {}, asked, "scoring takes longer"))
     if not asked.checkpointing:
         tried.append(
             (
@@ -122,11 +123,13 @@ def changes(asked: Setting) -> list[Change]:
         more = on(asked, asked.gpu, 2 * asked.ranks)
         tried.append((f"{more.ranks} GPUs", {"--gpus": more.ranks}, more, "twice the GPUs"))
     made = [
-        Change(what, keys, peak, peak <= asked.gpu.memory_bytes, seconds, f"{why}: a step takes {seconds / now_s:.2f} times as long")
+        Change(
+            what, first | keys, peak, peak <= asked.gpu.memory_bytes, seconds, f"{why}: a step takes {seconds / now_s:.2f} times as long"
+        )
         for what, keys, other, why in tried
         if (peak := memory(other).peak) < now_bytes and (seconds := _step_s(other)) > 0
     ]
-    return sorted(made, key=lambda change: (not change.fits, change.step_s))
+    return sorted(made, key=lambda change: not change.fits)
 
 
 def _step_s(asked: Setting) -> float:
