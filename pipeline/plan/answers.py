@@ -73,7 +73,10 @@ class Change:
 
 
 def changes(asked: Setting) -> list[Change]:
-    """Changes that need less memory: those that fit first, more GPUs last. Where generation does not fit, each comes on top of mending that."""
+    """Changes that need less memory: those that fit first, more GPUs last.
+
+    Where generation does not fit, each comes on top of mending that.
+    """
     now, now_s = memory(asked), _step_s(asked)
     now_bytes = now.peak
     tried: list[tuple[str, dict[str, object], Setting, str]] = []

@@ -74,7 +74,7 @@ def test_ranks_and_modules_by_target(tmp_path):
 
 def test_what_is_not_known_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(JobError, match='"mixtral" is not known to the plan. Known are gpt2, llama'):
+    with pytest.raises(JobError, match=r'"mixtral" is not known to the plan. Known are gpt2, llama'):
         read_shape(tmp_path)
     with pytest.raises(JobError, match=r"config.json: cannot be read"):
         read_shape(tmp_path / "nothing")
