@@ -13,6 +13,7 @@ from pipeline.job.task import Mix
 from pipeline.job.zero import deepspeed_config
 from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
 from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
+from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
 from pipeline.plan.shapes import read_shape
@@ -53,7 +54,7 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
         asked = replace(asked, nodes=nodes or asked.nodes)
-    return _plan(job, asked, fewest)
+    return _plan(job, asked, zero, fewest)
 
 
 def _folder(job: Job) -> Path:
@@ -62,10 +63,10 @@ def _folder(job: Job) -> Path:
     return fetch(job.base.model, job.base.revision, "model", ("config.json",), ("config.json",)).folder
 
 
-def _plan(job: Job, asked: Setting, fewest: int | None) -> dict[str, Any]:
+def _plan(job: Job, asked: Setting, zero: dict[str, Any], fewest: int | None) -> dict[str, Any]:
     found, needs = memory(asked), beside(asked)
     done = work(asked, found)
-    capacity = asked.gpu.memory_bytes
+    found_wanting = lint(asked, zero)
     return {
         "schema_version": SCHEMA_VERSION,
         "base": {
@@ -88,7 +89,7 @@ def _plan(job: Job, asked: Setting, fewest: int | None) -> dict[str, Any]:
             "example_tokens": asked.example_tokens,
         },
         "fits": fits(asked),
-        "capacity_bytes": capacity,
+        "capacity_bytes": asked.gpu.memory_bytes,
         "peak_bytes": found.peak,
         "parts_bytes": found.parts,
         "phases_bytes": found.phases,
@@ -115,6 +116,11 @@ def _plan(job: Job, asked: Setting, fewest: int | None) -> dict[str, Any]:
             "largest_micro_batch_tokens": largest_micro_batch(asked),
             "largest_generation_batch_tokens": None if asked.head_outputs else largest_generation_batch(asked),
             "changes": [asdict(change) for change in changes(asked)],
+        },
+        "lint": {
+            "file": job.memory.config,
+            "findings": [asdict(finding) for finding in found_wanting],
+            "mended": mended(zero, found_wanting) if found_wanting else None,
         },
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
         "arithmetic": _arithmetic(asked),
@@ -189,6 +195,9 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
             (c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]
         ]
         screen.table("to need less", rows)
+    if plan["lint"]["findings"]:
+        rows = [(f["key"], f"{f['costs']}; {_better(f['mended'])}") for f in plan["lint"]["findings"]]
+        screen.table(f"what costs in {plan['lint']['file']}", rows)
     if plan["paper"]:
         rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
         screen.table("the paper's figures", rows)
@@ -207,6 +216,10 @@ def _generation(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _change(change: dict[str, Any]) -> str:
     keys = ", ".join(f"{key} = {value}" for key, value in change["keys"].items())
     return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
+
+
+def _better(value: int | None) -> str:
+    return "leave it out" if value is None else f"better {value:,}"
 
 
 def _words(name: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pipeline.plan.gathering import Prefetch
 from pipeline.plan.hardware import GIB, Gpu
+from pipeline.plan.lint import lean_prefetch
 from pipeline.plan.memory import Setting, beside, memory
 from pipeline.plan.work import work
 
@@ -107,10 +107,9 @@ def changes(asked: Setting) -> list[Change]:
     if asked.stage == 0 and asked.ranks > 1:
         tried.append(("shard the base", {"memory.config": "zero3.json"}, replace(asked, stage=3), "gathers the base in each pass"))
     if asked.stage == 3:
-        layer = sum(sum(part.sizes) for part in asked.shape.layer)
-        lean = Prefetch(layer, min(asked.prefetch.persistence, 100_000), 2 * layer, 0)
+        lean = lean_prefetch(asked)
         if asked.ranks > 1 and lean != asked.prefetch:
-            keys: dict[str, object] = {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
+            keys: dict[str, object] = {"stage3_prefetch_bucket_size": lean.bucket, "stage3_max_live_parameters": lean.live}
             keys |= {"stage3_max_reuse_distance": 0}
             tried.append(("gather a layer ahead only", keys, replace(asked, prefetch=lean), "gathers the base once more in a micro-batch"))
         if not asked.offload:
