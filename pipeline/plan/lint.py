@@ -57,8 +57,9 @@ def lint(asked: Setting, zero: dict[str, Any]) -> list[Finding]:
         found.append(Finding(_PREFETCH, f"every gather is waited for: a step takes up to {wait:.2f} times as long", lean.bucket))
     whole = asked.shape.parameters
     if now.live >= whole and now.reuse >= whole:
-        less = memory(asked).training_peak - memory(replace(asked, prefetch=lean)).training_peak
-        if less > 0:
+        peak = memory(asked).training_peak
+        less = peak - memory(replace(asked, prefetch=lean)).training_peak
+        if less > 0 and peak > asked.gpu.memory_bytes:
             found += [
                 Finding(_LIVE, f"the whole base stays gathered from forward to backward: {less / 2**30:.2f} GiB a GPU more", lean.live),
                 Finding(_REUSE, "the same", lean.reuse),
@@ -66,10 +67,12 @@ def lint(asked: Setting, zero: dict[str, Any]) -> list[Finding]:
     elif now.live == 0:
         # Nothing is ever fetched ahead.
         found.append(Finding(_LIVE, "nothing is gathered ahead, whatever the prefetch bucket", lean.live))
-    if now.reuse == 0 and memory(_with_reuse(asked)).training_peak <= asked.gpu.memory_bytes:
-        more = _fetched(asked) / _fetched(_with_reuse(asked))
-        if more > 1.01:
-            found.append(Finding(_REUSE, f"gathers {more:.2f} times as many bytes, and there is memory to keep them", 2 * lean.bucket))
+    if now.reuse == 0:
+        # No module is further from its next use than a forward and two backward passes.
+        keeping = replace(asked, prefetch=replace(now, reuse=3 * whole))
+        more = memory(asked).gathered.fetched / memory(keeping).gathered.fetched
+        if more > 1.01 and memory(keeping).training_peak <= asked.gpu.memory_bytes:
+            found.append(Finding(_REUSE, f"gathers {more:.2f} times as many bytes, and there is memory to keep them", 3 * whole))
     return found
 
 
@@ -85,11 +88,3 @@ def mended(zero: dict[str, Any], found: list[Finding]) -> dict[str, Any]:
     section = {key: better.get(key, value) for key, value in zero["zero_optimization"].items()}
     section |= {key: value for key, value in better.items() if value is not None}
     return {key: value for key, value in section.items() if value is not None}
-
-
-def _with_reuse(asked: Setting) -> Setting:
-    return replace(asked, prefetch=replace(asked.prefetch, reuse=2 * lean_prefetch(asked).bucket))
-
-
-def _fetched(asked: Setting) -> int:
-    return memory(asked).gathered.fetched
