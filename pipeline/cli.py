@@ -65,6 +65,32 @@ def check(job: JobFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    job: JobFile,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="v100-16g, v100-32g, a100-40g, a100-80g, h100, h200, l40s, cpu.")] = "a100-80g",
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; the fewest on which the job fits, when absent.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes they are on; as few as hold them, when absent.")] = None,
+    example_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the longest there can be, when absent.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Will it fit, on how many GPUs, how fast; what to change and what that costs. Needs the base's config.json, not its weights.
+
+    Example: zlora plan jobs/gpt3/175b_lora_wikisql.toml --gpu v100-32g
+    """
+    from pipeline.job.read import read_job
+    from pipeline.planning import make_plan, show_plan
+    from pipeline.screen import Screen
+
+    found = make_plan(read_job(job, tuple(overrides or ())), gpu, gpus, nodes, example_tokens)
+    if as_json:
+        print(json.dumps(found))
+        return
+    show_plan(found, Screen(sys.stdout), explain)
+
+
+@app.command()
 def fetch(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Download a job's base and data into the hub's cache, so that ranks need no network. Interrupted? The same again goes on.
 

@@ -60,7 +60,7 @@ def test_every_shipped_job_is_valid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # What several jobs share is no job of its own.
     jobs = sorted(job for job in (ROOT / "jobs").rglob("*.toml") if job.parent.name != "common")
-    assert len(jobs) == 15
+    assert len(jobs) == 18
     for job in jobs:
         read_job(job)
         assert job.read_text().startswith("# "), f"{job} has no header"
@@ -118,12 +118,12 @@ def test_the_paper_s_jobs_of_glue_have_the_settings_of_its_table_9(tmp_path, mon
 def test_the_readme_names_every_folder_and_the_docs_every_command():
     readme, index = (ROOT / "README.md").read_text(), (ROOT / "docs" / "index.md").read_text()
     rooms = [p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"]
-    assert len(rooms) == 9
+    assert len(rooms) == 10
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
     pages = index + (ROOT / "docs" / "generate.md").read_text()
     commands = get_command(app).commands
-    assert set(commands) == {"check", "fetch", "data", "train", "evaluate", "generate", "score", "merge"}
+    assert set(commands) == {"check", "fetch", "data", "plan", "train", "evaluate", "generate", "score", "merge"}
     for name, command in commands.items():
         assert f"`zlora {name} " in index
         for option in command.params:

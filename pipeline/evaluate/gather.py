@@ -13,10 +13,8 @@ from torch import nn
 from pipeline.job.spec import Decoding
 from pipeline.model.causal import Causal
 from pipeline.model.zero3 import gathered, is_sharded, whole_bytes
+from pipeline.plan.generation import USED, generation_bytes
 from pipeline.train.engine import Ranks
-
-_USED = 0.8
-"""Share of the free memory that may be filled: allocators round up, and activations need room."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def choose(root: Causal, decoding: Decoding, ranks: Ranks) -> Gathering:
         case "each_pass":
             each_pass = True
         case "auto":
-            (each_pass,) = ranks.any(needed > _USED * free)
+            (each_pass,) = ranks.any(needed > USED * free)
     return Gathering(sharded and each_pass, needed, free, sharded)
 
 
@@ -51,10 +49,7 @@ def _needed_bytes(root: Causal, decoding: Decoding) -> int:
     config = root.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    cached = decoding.batch_tokens * 2 * config.num_hidden_layers * width * root.model.dtype.itemsize
-    rows = decoding.batch_tokens // (decoding.max_new_tokens + 1) + 1
-    # Logits, their log-softmax and a sorted copy, in fp32.
-    return whole_bytes(root) + cached + rows * config.vocab_size * 4 * 3
+    return whole_bytes(root) + generation_bytes(config.num_hidden_layers, width, config.vocab_size, root.model.dtype.itemsize, decoding)
 
 
 def _free_bytes(ranks: Ranks) -> int:

@@ -89,6 +89,8 @@ class Stepper:
             (loss * (scale / target_tokens)).backward()
             self._engine.after_backward()
             losses.append(loss.detach())
+            # With its graph goes the embeddings' gradient that recomputing leaves behind.
+            del loss
             self._flat[-2] += losses[-1] / target_tokens
         self._delta.clock.keys = None
         # As late as can be: what comes after this waits for the next step.

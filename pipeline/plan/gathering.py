@@ -1,0 +1,263 @@
+"""What ZeRO-3 gathers and when: DeepSpeed's parameter coordinator, followed on sizes alone.
+
+In: the order in which a micro-batch's forward and backward passes use the base's modules, and four numbers of the memory
+configuration. Out: the most that is gathered at once in each pass, what stays, and what is fetched. It mirrors
+`PartitionedParameterCoordinator` of deepspeed 0.19.8 in the steps after it has recorded its trace: fetch, prefetch, release, reuse.
+
+Memory is counted as DeepSpeed allocates it: one parameter alone is gathered in place; several together go through one flat buffer and
+are then copied out of it, and the buffer lives until the last of them has been used.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.plan.shapes import Adapted, Part, Shape
+
+Pass = Literal["forward", "recompute", "backward", "release"]
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Of `zero_optimization`, in elements, with DeepSpeed's defaults."""
+
+    bucket: int
+    persistence: int
+    live: int
+    reuse: int
+
+
+def prefetch_of(zero: dict[str, Any]) -> Prefetch:
+    section = zero["zero_optimization"]
+    return Prefetch(
+        int(section.get("stage3_prefetch_bucket_size", 50_000_000)),
+        int(section.get("stage3_param_persistence_threshold", 100_000)),
+        int(section.get("stage3_max_live_parameters", 1_000_000_000)),
+        int(section.get("stage3_max_reuse_distance", 1_000_000_000)),
+    )
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Elements on one rank; of one micro-batch where nothing else is said."""
+
+    forward: int
+    """The most at once."""
+    backward: int
+    between: int
+    """What stays gathered from step to step: parameters below the persistence threshold."""
+    fetched: int
+    """Of whole parameters: how much is put together on each rank."""
+
+
+@dataclass(frozen=True)
+class _Visit:
+    parameters: tuple[int, ...]
+    passes: Pass
+    layer: int
+    leaves: bool = True
+    """Backward: a post-backward hook fires, because the module's input has a gradient."""
+
+
+def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, checkpointing: bool) -> Gathered:
+    """Of one micro-batch in a step after the first two."""
+    sizes, visits = _trace(shape, adapted, checkpointing)
+    between = sum(size for size in sizes if size <= prefetch.persistence)
+    if ranks == 1:
+        # One rank owns everything: gathering makes no copy.
+        return Gathered(0, 0, 0, 0)
+    # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
+    first = _Follower(sizes, visits, prefetch, ranks)
+    first.run()
+    follower = _Follower(sizes, visits, prefetch, ranks, first.decisions)
+    follower.run()
+    return Gathered(follower.most["forward"], follower.most["backward"], between, follower.fetched)
+
+
+def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[int, ...], list[_Visit]]:
+    """Sizes of all parameters, and the visits of modules, in the order of a micro-batch."""
+    sizes: list[int] = []
+
+    def take(part: Part) -> tuple[int, ...]:
+        first = len(sizes)
+        sizes.extend(part.sizes)
+        return tuple(range(first, len(sizes)))
+
+    embeddings = [take(part) for part in shape.embeddings]
+    layers = [[take(part) for part in shape.layer] for _ in range(shape.layers)]
+    end = take(shape.end)
+    head = embeddings[0] if shape.tied else take(shape.head)
+    # The root and the body have no parameters of their own.
+    visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
+    for number, layer in enumerate(layers):
+        visits += [_Visit(each, "forward", number) for each in layer]
+    # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
+    visits += [_Visit(end, "forward", -1), _Visit(head, "forward", -1)]
+    visits += [_Visit((), "backward", -1)] * 2 + [_Visit(end, "backward", -1)]
+    stages = [part.stage for part in shape.layer if adapted.of(part)]
+    for number in reversed(range(shape.layers)):
+        pairs = list(zip(shape.layer, layers[number], strict=True))
+        if checkpointing:
+            # The layer itself is not recomputed: its backward hook stands outside.
+            visits.append(_Visit((), "backward", number))
+            visits += [_Visit(each, "recompute", number) for _, each in pairs[1:]]
+            pairs = pairs[1:]
+        for part, each in _backward(pairs):
+            # In the first layer nothing before the first branch has a gradient, unless checkpointing gives the embeddings one.
+            inner = checkpointing or number > 0 or any(stage < part.stage for stage in stages)
+            if inner or adapted.of(part):
+                visits.append(_Visit(each, "backward", number, inner))
+        if checkpointing:
+            # What was recomputed belongs to the layer and leaves with it.
+            visits.append(_Visit(tuple(p for each in layers[number] for p in each), "release", number))
+    if checkpointing:
+        # Its output is made a leaf with a gradient (pipeline/model/build.py), so a hook gathers it for a backward pass it does not have.
+        visits.append(_Visit(embeddings[0], "backward", -1, leaves=False))
+    return tuple(sizes), visits
+
+
+def _backward(pairs: list[tuple[Part, tuple[int, ...]]]) -> list[tuple[Part, tuple[int, ...]]]:
+    """The order in which backward hooks fire: last first, but a module before what is inside it."""
+    blocks = []
+    while pairs:
+        (whole, _), count = pairs[0], 1 + pairs[0][0].inside
+        blocks.append([pairs[0], *_backward(pairs[1:count])] if whole.inside else [pairs[0]])
+        pairs = pairs[count:]
+    return [pair for block in reversed(blocks) for pair in block]
+
+
+@dataclass
+class _Group:
+    """Parameters gathered together, and the buffer they came in."""
+
+    parameters: set[int]
+    flat: int
+    """Elements of the buffer."""
+    arrived: bool = False
+    waited: set[int] = field(default_factory=set)
+
+    @property
+    def alone(self) -> bool:
+        """One parameter, whose memory the buffer is."""
+        return len(self.parameters) == 1
+
+
+class _Follower:
+    """One micro-batch; names as in DeepSpeed's coordinator."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], visits: list[_Visit], prefetch: Prefetch, ranks: int, decisions: list[set[int]] | None = None
+    ) -> None:
+        self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
+        self._order = [visit for visit in visits if visit.passes != "release"]
+        self._persistent = {p for p, size in enumerate(sizes) if size <= prefetch.persistence}
+        self._decided = iter(decisions) if decisions is not None else None
+        self.decisions: list[set[int]] = []
+        """What each release let go."""
+        self._available = set(self._persistent) if decisions is not None else set()
+        self._inflight: dict[int, _Group] = {}
+        self._live_elements = 0
+        self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
+        self._last_fetched_for = [-1] * len(sizes)
+        self._step = 0
+        self._elements = sum(sizes[p] for p in self._available)
+        self.most = {"forward": self._elements, "backward": self._elements}
+        self.fetched = 0
+        self._passed = [0]
+        for visit in self._order:
+            self._passed.append(self._passed[-1] + sum(sizes[p] for p in visit.parameters))
+        self._uses: dict[int, list[int]] = {}
+        for place, visit in enumerate(self._order):
+            for p in visit.parameters:
+                self._uses.setdefault(p, []).append(place)
+
+    def run(self) -> None:
+        held: set[int] = set()
+        for visit in self._all:
+            self._now: str = "forward" if visit.passes == "forward" else "backward"
+            if visit.passes == "release":
+                self._drop(set(visit.parameters) - self._persistent)
+                held.clear()
+                continue
+            self._grow(0)
+            self._fetch(visit)
+            if visit.passes == "recompute":
+                held.update(visit.parameters)
+            elif visit.leaves and not held.intersection(visit.parameters):
+                self._release(visit)
+
+    def _fetch(self, visit: _Visit) -> None:
+        missing = {p for p in visit.parameters if p not in self._available and p not in self._inflight}
+        if missing:
+            self._gather(missing)
+        for p in visit.parameters:
+            if group := self._inflight.pop(p, None):
+                self._wait(group, p)
+        fresh = {p for p in visit.parameters if self._last_fetched_for[p] < self._step}
+        popped: set[int] = set()
+        while self._queue and len(popped) < len(fresh):
+            p, place = self._queue.popleft()
+            self._last_fetched_for[p] = place
+            popped.add(p)
+        self._look_ahead()
+        self._step += 1
+
+    def _look_ahead(self) -> None:
+        if self._prefetch.bucket <= 0:
+            return
+        room = min(self._prefetch.live - self._live_elements, self._prefetch.bucket)
+        chosen: set[int] = set()
+        count = 0
+        while self._queue and count < room:
+            p, place = self._queue.popleft()
+            self._last_fetched_for[p] = max(self._last_fetched_for[p], place)
+            if p not in self._available and p not in self._inflight and p not in chosen:
+                chosen.add(p)
+                count += self._sizes[p]
+        if chosen:
+            self._gather(chosen)
+
+    def _gather(self, parameters: set[int]) -> None:
+        # Padded so that every rank's part is the same.
+        flat = sum(-(-self._sizes[p] // self._ranks) * self._ranks for p in parameters)
+        group = _Group(set(parameters), flat)
+        self._inflight.update(dict.fromkeys(parameters, group))
+        count = sum(self._sizes[p] for p in parameters)
+        self._live_elements += count
+        self.fetched += count
+        self._grow(flat)
+
+    def _wait(self, group: _Group, parameter: int) -> None:
+        group.waited.add(parameter)
+        if not group.arrived:
+            group.arrived = True
+            self._available |= group.parameters
+            if not group.alone:
+                self._grow(sum(self._sizes[p] for p in group.parameters))
+        if not group.alone and group.waited == group.parameters:
+            self._elements -= group.flat
+
+    def _release(self, visit: _Visit) -> None:
+        leaving = self._leaving(visit) if self._decided is None else next(self._decided)
+        self.decisions.append(leaving)
+        self._drop(leaving)
+
+    def _leaving(self, visit: _Visit) -> set[int]:
+        leaving = {p for p in visit.parameters if p not in self._persistent and self._last_fetched_for[p] <= self._step}
+        for p in list(leaving):
+            use = next((place for place in self._uses[p] if place >= self._step), None)
+            if use is not None and self._passed[use] - self._passed[self._step] < self._prefetch.reuse:
+                leaving.discard(p)
+        return leaving
+
+    def _drop(self, parameters: set[int]) -> None:
+        for p in parameters & self._available:
+            self._available.discard(p)
+            self._live_elements -= self._sizes[p]
+            self._elements -= self._sizes[p]
+
+    def _grow(self, elements: int) -> None:
+        self._elements += elements
+        self.most[self._now] = max(self.most[self._now], self._elements)

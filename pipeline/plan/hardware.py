@@ -1,0 +1,73 @@
+"""GPUs by name: what one holds, computes and is connected by. A GPU is one row.
+
+Figures are the makers': dense tensor-core rates, links in one direction. `ATTAINED` is what of them a transformer's training step
+reaches; it is an assumption, and the one number to correct by a measured step.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pipeline.job.errors import JobError
+
+GIB = 1 << 30
+ATTAINED = 0.4
+"""Share of the peak rate of matrix products."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+    half_flops: float
+    """Per second, bf16 or fp16."""
+    single_flops: float
+    """Per second, fp32 as torch computes it by default (no TF32)."""
+    bf16: bool
+    peers_bytes_s: float
+    """To the other GPUs of its node."""
+    node_bytes_s: float
+    """Between nodes, of a whole node."""
+    per_node: int
+    host_bytes_s: float = 12e9
+    """To main memory, of one GPU."""
+    context_bytes: int = 3 * GIB // 2
+    """CUDA context, kernels, cuBLAS's workspace and NCCL's buffers: an assumption."""
+    fragmentation: float = 0.05
+    """Share of what is allocated that the caching allocator wastes: an assumption."""
+
+
+def _cpu() -> Gpu:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count() or 1
+    # gloo moves about 1 GB/s; interpreter and libraries of a rank that has trained hold 0.45 GiB of anonymous memory.
+    return Gpu("cpu", memory // cores, 2e10, 5e10, True, 1e9, 1e9, cores, 1e10, int(0.45 * GIB), 0.05)
+
+
+def gpus() -> dict[str, Gpu]:
+    """All rows by name. `cpu` is one rank on each core of this machine, which share its memory."""
+    rows = (
+        Gpu("v100-16g", 16 * GIB, 125e12, 15.7e12, False, 150e9, 50e9, 8),
+        Gpu("v100-32g", 32 * GIB, 125e12, 15.7e12, False, 150e9, 50e9, 8),
+        Gpu("a100-40g", 40 * GIB, 312e12, 19.5e12, True, 300e9, 200e9, 8, 25e9),
+        Gpu("a100-80g", 80 * GIB, 312e12, 19.5e12, True, 300e9, 200e9, 8, 25e9),
+        Gpu("h100-80g", 80 * GIB, 989e12, 67e12, True, 450e9, 400e9, 8, 50e9),
+        Gpu("h200-141g", 141 * GIB, 989e12, 67e12, True, 450e9, 400e9, 8, 50e9),
+        Gpu("l40s-48g", 48 * GIB, 362e12, 91.6e12, True, 25e9, 50e9, 8, 25e9),
+        _cpu(),
+    )
+    return {row.name: row for row in rows}
+
+
+def gpu_of(name: str) -> Gpu:
+    """The row of a name, with or without the memory's unit: "a100-80g", "A100-80", "h200".
+
+    Raises:
+        JobError: no such row, or several.
+    """
+    rows, asked = gpus(), name.lower()
+    found = [row for key, row in rows.items() if asked in (key, key.removesuffix("g"), key.split("-")[0])]
+    if len(found) != 1:
+        raise JobError(f"--gpu {name}: {'several' if found else 'none'} of that name. Use one of {', '.join(rows)}.")
+    return found[0]

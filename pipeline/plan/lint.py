@@ -1,0 +1,90 @@
+"""What a memory configuration costs that it need not: key by key, for this job on these GPUs, and the mended configuration.
+
+What belongs to the job (batch, precision, optimizer) and stages that shard nothing are refused before (pipeline/job/zero.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.plan.gathering import Prefetch
+from pipeline.plan.memory import Setting, memory
+from pipeline.plan.work import work
+
+_OF_THE_OPTIMIZER = {
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "round_robin_gradients",
+    "offload_optimizer",
+    "load_from_fp32_weights",
+    "stage3_gather_16bit_weights_on_model_save",
+    "elastic_checkpoint",
+    "ignore_unused_parameters",
+}
+"""DeepSpeed reads them in its own optimizer and checkpoints, and has neither here (pipeline/train/engine.py)."""
+_PREFETCH, _LIVE, _REUSE = "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"
+
+
+@dataclass(frozen=True)
+class Finding:
+    key: str
+    """Of `zero_optimization`."""
+    costs: str
+    mended: int | None
+    """A better value. None: leave the key out."""
+
+
+def lint(asked: Setting, zero: dict[str, Any]) -> list[Finding]:
+    """Keys that cost, in the order in which to mend them."""
+    section = zero["zero_optimization"]
+    found = [
+        Finding(key, "nothing, and does nothing: DeepSpeed has no optimizer here", None)
+        for key in section
+        if key in _OF_THE_OPTIMIZER or (key.startswith("stage3_") and asked.stage == 0)
+    ]
+    if asked.stage == 0 or asked.ranks == 1:
+        return found
+    lean = lean_prefetch(asked)
+    now = asked.prefetch
+    if now.bucket == 0:
+        done = work(asked, memory(asked))
+        wait = (done.compute_s + done.communication_s) / done.step_s
+        found.append(Finding(_PREFETCH, f"every gather is waited for: a step takes up to {wait:.2f} times as long", lean.bucket))
+    whole = asked.shape.parameters
+    if now.live >= whole and now.reuse >= whole:
+        peak = memory(asked).training_peak
+        less = peak - memory(replace(asked, prefetch=lean)).training_peak
+        if less > 0 and peak > asked.gpu.memory_bytes:
+            found += [
+                Finding(_LIVE, f"the whole base stays gathered from forward to backward: {less / 2**30:.2f} GiB a GPU more", lean.live),
+                Finding(_REUSE, "the same", lean.reuse),
+            ]
+    elif now.live == 0:
+        # Nothing is ever fetched ahead.
+        found.append(Finding(_LIVE, "nothing is gathered ahead, whatever the prefetch bucket", lean.live))
+    if now.reuse == 0:
+        # No module is further from its next use than a forward and two backward passes.
+        keeping = replace(asked, prefetch=replace(now, reuse=3 * whole))
+        more = memory(asked).gathered.fetched / memory(keeping).gathered.fetched
+        if more > 1.01 and memory(keeping).training_peak <= asked.gpu.memory_bytes:
+            found.append(Finding(_REUSE, f"gathers {more:.2f} times as many bytes, and there is memory to keep them", 3 * whole))
+    return found
+
+
+def lean_prefetch(asked: Setting) -> Prefetch:
+    """A layer ahead of the one in use, and nothing longer than it is used."""
+    layer = sum(sum(part.sizes) for part in asked.shape.layer)
+    return Prefetch(layer, min(asked.prefetch.persistence, 100_000), 3 * layer, 0)
+
+
+def mended(zero: dict[str, Any], found: list[Finding]) -> dict[str, Any]:
+    """The `zero_optimization` section without what costs."""
+    better = {finding.key: finding.mended for finding in found}
+    section = {key: better.get(key, value) for key, value in zero["zero_optimization"].items()}
+    section |= {key: value for key, value in better.items() if value is not None}
+    return {key: value for key, value in section.items() if value is not None}

@@ -1,0 +1,216 @@
+"""Memory of one GPU by part and by phase, and what a run needs beside it. Integers from shapes; each line says where it is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from pipeline.job.spec import Decoding, Job
+from pipeline.job.zero import zero_stage
+from pipeline.plan.activations import Activations, MicroBatch, activations
+from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
+from pipeline.plan.generation import USED, generation_bytes
+from pipeline.plan.hardware import Gpu
+from pipeline.plan.shapes import Adapted, Shape, adapt, shard
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_FP32 = 4
+_READ_ELEMENTS = 1 << 20
+"""Elements converted at a time while loading (pipeline/weights/read.py)."""
+_PROCESS_BYTES = 3 << 30
+"""Main memory of a rank's process beside a GPU, libraries and pinned buffers: an assumption."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the plan depends on; a question is another setting."""
+
+    shape: Shape
+    adapted: Adapted
+    head_outputs: int
+    """Of a task's own head; 0: the vocabulary."""
+    dtype: str
+    gpu: Gpu
+    ranks: int
+    nodes: int
+    stage: int
+    offload: bool
+    """Shards in main memory."""
+    prefetch: Prefetch
+    checkpointing: bool
+    micro_batch_tokens: int
+    dropout: float
+    decoding: Decoding
+    batch_examples: int
+    example_tokens: int
+    keep_states: int
+    keeps_best: bool
+    steps: int | None
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def trained(self) -> int:
+        """Trained elements."""
+        return self.shape.layers * self.adapted.layer_parameters(self.shape) + self.head_outputs * self.shape.width
+
+    @property
+    def base_bytes(self) -> int:
+        return self.shape.parameters * self.element_bytes
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one rank in a step."""
+        return max(1, -(-self.batch_examples * self.example_tokens // (self.ranks * self.micro_batch_tokens)))
+
+
+def setting(
+    job: Job, zero: dict[str, Any], shape: Shape, gpu: Gpu, ranks: int, nodes: int | None, head_outputs: int, example_tokens: int | None
+) -> Setting:
+    """Args:
+    nodes: None: as few as hold the ranks.
+    head_outputs: of a task's own head.
+    example_tokens: tokens of an example. None: the longest there can be.
+    """
+    train = job.train
+    longest = min(train.max_tokens or shape.context, shape.context)
+    offload = zero["zero_optimization"].get("offload_param") or {}
+    return Setting(
+        shape=shape,
+        adapted=adapt(shape, job.methods[0]),
+        head_outputs=head_outputs,
+        dtype=job.base.dtype,
+        gpu=gpu,
+        ranks=ranks,
+        nodes=nodes or -(-ranks // gpu.per_node),
+        stage=zero_stage(zero),
+        offload=isinstance(offload, dict) and offload.get("device") == "cpu",
+        prefetch=prefetch_of(zero),
+        checkpointing=job.memory.gradient_checkpointing,
+        micro_batch_tokens=train.micro_batch_tokens,
+        dropout=train.dropout,
+        decoding=job.evaluate,
+        batch_examples=train.batch_examples,
+        example_tokens=example_tokens or longest,
+        keep_states=train.keep_states,
+        keeps_best=job.evaluate.best_metric is not None,
+        steps=train.steps,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    parts: dict[str, int]
+    """Each part at its largest. They do not all come together: `phases` says which do."""
+    allocated: dict[str, int]
+    """The most in each phase."""
+    phases: dict[str, int]
+    """The same, context and margin included."""
+    activations: Activations
+    gathered: Gathered
+    gathers_once: bool
+    """Scoring gathers the whole base once."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def training_peak(self) -> int:
+        return max(count for name, count in self.phases.items() if name != "generate")
+
+
+def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
+    """Args:
+    batch: the micro-batch. None: a full one of examples of one length, with a label on every token.
+    """
+    shape, e, gpu = asked.shape, asked.element_bytes, asked.gpu
+    batch = batch or _full(asked)
+    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout)
+    if asked.head_outputs:
+        acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
+    sharded = asked.stage == 3
+    found = _gathered(shape, asked.adapted, asked.prefetch, min(asked.ranks, 8), asked.checkpointing) if sharded else _NOTHING
+    base = (shard(shape.sizes, asked.ranks) if sharded else shape.parameters) * e
+    on_device = 0 if asked.offload and sharded else base
+    delta = asked.trained * _FP32
+    # One flat buffer, two slots for the loss and the vote; two moments (pipeline/train/step.py).
+    gradients, optimizer = delta + 2 * _FP32, 2 * delta
+    resident = on_device + delta + gradients + optimizer
+    kv_width = shape.kv_heads * shape.head_width
+    # Labels are not generated.
+    cache = 0 if asked.head_outputs else generation_bytes(shape.layers, kv_width, shape.vocabulary, e, asked.decoding)
+    free = gpu.memory_bytes - gpu.context_bytes - resident
+    once = sharded and asked.ranks > 1 and {
+        "auto": shape.parameters * e + cache <= USED * free, "once": True, "each_pass": False
+    }[asked.decoding.gather]  # fmt: skip
+    whole = shape.parameters * e if once else found.forward * e
+    used = {
+        "load": on_device + min(_READ_ELEMENTS * _FP32, base),
+        "forward": resident + acts.kept + max(acts.logits, acts.forward) + found.forward * e,
+        "backward": resident + acts.backward + found.backward * e,
+        # Fused AdamW works in place; the gathered small parameters stay.
+        "step": resident + found.between * e,
+        # A flat copy of one kind at a time, on its way to main memory (Stepper.capture).
+        "save": resident + found.between * e + delta,
+        # The prompts' pass, with nothing kept.
+        "generate": resident + whole + cache + asked.decoding.batch_tokens * 4 * shape.ffn * e if cache else 0,
+        # File to file, in main memory, a few blocks of a million elements (pipeline/deltas/merge.py).
+        "merge": 0,
+    }
+    margin = {name: int(gpu.fragmentation * count) + gpu.context_bytes if count else 0 for name, count in used.items()}
+    phases = {name: count + margin[name] for name, count in used.items()}
+    parts = {
+        "base_shard": on_device,
+        "gathered": max(found.forward, found.backward) * e,
+        "delta": delta,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": max(acts.kept + acts.forward, acts.backward),
+        "logits_and_loss": acts.logits,
+        "communication_buffers": gradients,
+        "generation_cache": cache,
+        "margin": max(phases.values()) - max(used.values()) - gpu.context_bytes,
+        "context": gpu.context_bytes,
+    }
+    return Memory(parts, used, phases, acts, found, once)
+
+
+def _full(asked: Setting) -> MicroBatch:
+    n = asked.micro_batch_tokens
+    return MicroBatch(n, n, max(1, n // asked.example_tokens) if asked.head_outputs else n)
+
+
+_NOTHING = Gathered(0, 0, 0, 0)
+_gathered = lru_cache(maxsize=64)(gathered)
+"""Ranks enter by a few elements of padding only; it is asked for many times with the same."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes beside the GPUs."""
+
+    host_per_node: int
+    disk_per_run: int
+    base_on_disk: int
+    delta_file: int
+    state_file: int
+
+
+def beside(asked: Setting) -> Beside:
+    local = -(-asked.ranks // asked.nodes)
+    delta, state = asked.trained * _FP32, 3 * asked.trained * _FP32
+    if asked.keeps_best:
+        state += delta
+    held = shard(asked.shape.sizes, asked.ranks) * asked.element_bytes if asked.offload and asked.stage == 3 else 0
+    # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before.
+    process = asked.gpu.context_bytes if asked.gpu.name == "cpu" else _PROCESS_BYTES
+    host = local * (process + held) + 2 * state
+    # A state is written before the oldest goes.
+    deltas = delta * (2 if asked.keeps_best else 1)
+    return Beside(host, (asked.keep_states + 1) * state + deltas, asked.base_bytes, delta, state)

@@ -1,0 +1,237 @@
+"""`zlora plan`: a job and a GPU's name -> what it needs and what fits, as one object for programs and as tables for people. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.job.errors import JobError
+from pipeline.job.labels import labels_of
+from pipeline.job.spec import Job
+from pipeline.job.task import Mix
+from pipeline.job.zero import deepspeed_config
+from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
+from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
+from pipeline.plan.lint import lint, mended
+from pipeline.plan.memory import Setting, beside, memory, setting
+from pipeline.plan.paper import figures, is_gpt3
+from pipeline.plan.shapes import read_shape
+from pipeline.plan.work import work
+from pipeline.screen import Screen, size_text
+from pipeline.weights.hub import fetch
+
+SCHEMA_VERSION = 1
+_DECIMAL = 1e9
+
+
+def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_tokens: int | None) -> dict[str, Any]:
+    """The whole plan, ready for JSON.
+
+    Args:
+        ranks: GPUs in all. None: the fewest on which the job fits; 8 where it fits on none.
+        nodes: None: as few as hold them.
+        example_tokens: tokens of an example. None: the longest there can be.
+
+    Raises:
+        JobError: an unknown architecture, GPU or target; more nodes than GPUs; bf16 on a V100; examples longer than a micro-batch.
+    """
+    row = gpu_of(gpu)
+    if job.base.dtype == "bf16" and not row.bf16:
+        raise JobError(f'base.dtype = "bf16": {row.name} does not compute in bf16. Use --set base.dtype=fp16.')
+    if nodes and ranks and nodes > ranks:
+        raise JobError(f"--nodes {nodes}: more than the {ranks} GPUs of --gpus. Name the GPUs of all nodes together.")
+    first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
+    labels = labels_of(first)
+    shape, zero = read_shape(_folder(job)), deepspeed_config(Path(job.memory.config))
+    asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
+    if asked.example_tokens > asked.micro_batch_tokens:
+        raise JobError(
+            f"train.micro_batch_tokens = {asked.micro_batch_tokens}: an example may have {asked.example_tokens} tokens. "
+            "Set it to that or more, set train.max_tokens, or give --example-tokens."
+        )
+    fewest = fewest_gpus(asked, row)
+    if ranks is None:
+        asked = on(asked, row, fewest or row.per_node)
+        asked = replace(asked, nodes=nodes or asked.nodes)
+    return _plan(job, asked, zero, fewest)
+
+
+def _folder(job: Job) -> Path:
+    if Path(job.base.model).is_dir():
+        return Path(job.base.model)
+    return fetch(job.base.model, job.base.revision, "model", ("config.json",), ("config.json",)).folder
+
+
+def _plan(job: Job, asked: Setting, zero: dict[str, Any], fewest: int | None) -> dict[str, Any]:
+    found, needs = memory(asked), beside(asked)
+    done = work(asked, found)
+    found_wanting = lint(asked, zero)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "base": {
+            "model": job.base.model,
+            "family": asked.shape.family,
+            "parameters": asked.shape.parameters,
+            "bytes": asked.base_bytes,
+        },
+        "setting": {
+            "gpu": asked.gpu.name,
+            "gpus": asked.ranks,
+            "nodes": asked.nodes,
+            "dtype": asked.dtype,
+            "zero_stage": asked.stage,
+            "offload": asked.offload,
+            "gradient_checkpointing": asked.checkpointing,
+            "micro_batch_tokens": asked.micro_batch_tokens,
+            "generation_batch_tokens": asked.decoding.batch_tokens,
+            "batch_examples": asked.batch_examples,
+            "example_tokens": asked.example_tokens,
+        },
+        "fits": fits(asked),
+        "capacity_bytes": asked.gpu.memory_bytes,
+        "peak_bytes": found.peak,
+        "parts_bytes": found.parts,
+        "phases_bytes": found.phases,
+        "scoring_gathers_once": found.gathers_once,
+        "trained_parameters": asked.trained,
+        "beside_bytes": asdict(needs),
+        "communication": {
+            "gathered_bytes_per_step": done.gathered_bytes,
+            "between_nodes_bytes_per_step": done.between_nodes_bytes,
+            "reduced_bytes_per_step": done.reduced_bytes,
+            "tokens_to_hide": done.tokens_to_hide,
+            "seconds_per_step": done.communication_s,
+        },
+        "work": {
+            "flops_per_step": done.flops_per_step,
+            "micro_batches_per_rank": asked.micro_batches,
+            "compute_s": done.compute_s,
+            "step_s": done.step_s,
+            "attained_share": ATTAINED,
+            "gpu_hours": asked.steps and asked.steps * done.step_s * asked.ranks / 3600,
+        },
+        "answers": {
+            "fewest_gpus": {name: fewest if name == asked.gpu.name else fewest_gpus(asked, row) for name, row in gpus().items()},
+            "largest_micro_batch_tokens": largest_micro_batch(asked),
+            "largest_generation_batch_tokens": None if asked.head_outputs else largest_generation_batch(asked),
+            "changes": [asdict(change) for change in changes(asked)],
+        },
+        "lint": {
+            "file": job.memory.config,
+            "findings": [asdict(finding) for finding in found_wanting],
+            "mended": mended(zero, found_wanting) if found_wanting else None,
+        },
+        "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
+        "arithmetic": _arithmetic(asked),
+    }
+
+
+def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
+    """Name, formula and bytes, a line each."""
+    found, shape, e = memory(asked), asked.shape, asked.element_bytes
+    ranks = asked.ranks if asked.stage == 3 else 1
+    largest = "layer" if asked.checkpointing else "module"
+    lines = [
+        ("base shard", f"{shape.parameters:,} parameters x {e} / {ranks}", found.parts["base_shard"]),
+        (
+            "gathered",
+            f"modules in use and ahead, at least a {largest}; small ones always",
+            found.parts["gathered"],
+        ),
+        ("delta", f"{asked.trained:,} parameters x 4", found.parts["delta"]),
+        ("gradients", "the same, one flat buffer", found.parts["gradients"]),
+        ("optimizer", "two moments, the delta's size each", found.parts["optimizer"]),
+    ]
+    lines += [(f"a layer keeps: {term.what}", term.formula, term.bytes) for term in found.activations.terms]
+    keeps = "the layers' inputs" if asked.checkpointing else f"{shape.layers} layers"
+    lines += [
+        ("kept for backward", f"{keeps} and the last norm, {asked.micro_batch_tokens} tokens", found.activations.kept),
+        ("logits and loss", "2 fp32 runs of at most 2^25 logits, 3 where there are several", found.activations.logits),
+        ("backward at most", "kept, gradients of activations, what one layer recomputes", found.activations.backward),
+    ]
+    return [{"what": what, "formula": formula, "bytes": count} for what, formula, count in lines]
+
+
+def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
+    """Tables for people."""
+    asked, base, answers = plan["setting"], plan["base"], plan["answers"]
+    verdict = "fits" if plan["fits"] else "does not fit"
+    screen.table(
+        f"{base['model']}: {base['parameters'] / _DECIMAL:,.2f}B parameters, {plan['trained_parameters']:,} trained",
+        [
+            ("on", f"{asked['gpus']} x {asked['gpu']} on {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}, {asked['dtype']}"),
+            (verdict, f"{size_text(plan['peak_bytes'])} of {size_text(plan['capacity_bytes'])} a GPU"),
+            ("micro-batch", f"{asked['micro_batch_tokens']:,} tokens; largest that fits: {_count(answers['largest_micro_batch_tokens'])}"),
+            *_generation(plan),
+        ],
+    )
+    screen.table("memory of a GPU, by part", [(_words(name), size_text(count)) for name, count in plan["parts_bytes"].items() if count])
+    screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
+    moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]
+    tokens = asked["batch_examples"] * asked["example_tokens"]
+    bound = "computing" if done["compute_s"] >= moved["seconds_per_step"] else "gathering"
+    screen.table(
+        f"a step of {asked['batch_examples']} examples of {asked['example_tokens']} tokens",
+        [
+            ("computes", f"{done['flops_per_step'] / 1e12:,.1f} TFLOP, {done['micro_batches_per_rank']} micro-batches a rank"),
+            ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank, {size_text(moved['between_nodes_bytes_per_step'])} a node"),
+            ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
+            ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
+            *([("all steps", f"{done['gpu_hours']:,.1f} GPU hours")] if done["gpu_hours"] else []),
+        ],
+    )
+    screen.table(
+        "beside it",
+        [
+            ("main memory", f"{size_text(needs['host_per_node'])} a node"),
+            ("disk", f"{size_text(needs['disk_per_run'])} a run, base {size_text(needs['base_on_disk'])} once"),
+            ("delta, state", f"{size_text(needs['delta_file'])}, {size_text(needs['state_file'])}"),
+        ],
+    )
+    screen.table("fewest GPUs with these settings", [(name, _count(count)) for name, count in answers["fewest_gpus"].items()])
+    if answers["changes"]:
+        rows = [
+            (c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]
+        ]
+        screen.table("to need less", rows)
+    if plan["lint"]["findings"]:
+        rows = [(f["key"], f"{f['costs']}; {_better(f['mended'])}") for f in plan["lint"]["findings"]]
+        screen.table(f"what costs in {plan['lint']['file']}", rows)
+    if plan["paper"]:
+        rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
+        screen.table("the paper's figures", rows)
+    if explain:
+        rows = [(line["what"], f"{size_text(line['bytes'])} = {line['formula']}") for line in plan["arithmetic"]]
+        screen.table("arithmetic (N tokens, P padded, D width, F ffn, H heads, R rank, e bytes an element)", rows)
+
+
+def _generation(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    if not plan["phases_bytes"]["generate"]:
+        return []
+    largest = _count(plan["answers"]["largest_generation_batch_tokens"])
+    return [("generation", f"{plan['setting']['generation_batch_tokens']:,} tokens at once; largest that fits: {largest}")]
+
+
+def _change(change: dict[str, Any]) -> str:
+    keys = ", ".join(f"{key} = {value}" for key, value in change["keys"].items())
+    return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
+
+
+def _better(value: int | None) -> str:
+    return "leave it out" if value is None else f"better {value:,}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _count(count: int | None) -> str:
+    return "none" if count is None else f"{count:,}"
+
+
+def _decimal(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e6:,.1f} MB"
