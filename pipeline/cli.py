@@ -319,7 +319,9 @@ def score(
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, cola (or another of GLUE), texts, ...")
     ],
-    predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or zlora evaluate's or zlora generate's .jsonl.")],
+    predictions: Annotated[
+        Path, typer.Option("--predictions", metavar="FILE", help="One a line; or the .jsonl of zlora evaluate or generate.")
+    ],
     references: Annotated[
         Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
     ] = None,
