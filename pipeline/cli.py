@@ -319,9 +319,7 @@ def score(
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help="e2e, webnlg, dart, samsum, wikisql, cola (or another of GLUE), texts, ...")
     ],
-    predictions: Annotated[
-        Path, typer.Option("--predictions", metavar="FILE", help="One a line; or the .jsonl of zlora evaluate or generate.")
-    ],
+    predictions: Annotated[Path, typer.Option("--predictions", metavar="FILE", help="One a line; or .jsonl of evaluate or generate.")],
     references: Annotated[
         Path | None, typer.Option("--references", metavar="FILE", help="One a line, an empty line between those of two predictions.")
     ] = None,
