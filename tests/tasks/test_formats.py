@@ -137,6 +137,7 @@ def test_other_string_types_of_arrow_are_texts_too(tmp_path):
         ("a.csv", b"prompt,completion\na,b,c\n", ":2: 3 columns, but the header has 2 (prompt, completion)"),
         ("a.csv", b'prompt,completion\na,b\n"a\nc,d\ne,f\n', ":3: not valid CSV (unexpected end of data)"),
         ("a.csv", b'prompt,completion\na,"b"c\n', ":2: not valid CSV"),
+        ("a.csv", b"prompt,completion\ra,b\r", "End lines with a line feed"),
         ("a.csv", b'prompt,completion\na,"b\n\xff"\n', ":3: not UTF-8 text (byte 0xff at column 1)"),
         ("a.csv", b"prompt,completion\na,\n", ':2: "completion" is empty'),
         ("a.tsv", b"prompt,completion\na,b\n", ':1: no column "prompt"; there are prompt,completion'),
