@@ -137,7 +137,6 @@ def test_other_string_types_of_arrow_are_texts_too(tmp_path):
         ("a.csv", b"prompt,completion\na,b,c\n", ":2: 3 columns, but the header has 2 (prompt, completion)"),
         ("a.csv", b'prompt,completion\na,b\n"a\nc,d\ne,f\n', ":3: not valid CSV (unexpected end of data)"),
         ("a.csv", b'prompt,completion\na,"b"c\n', ":2: not valid CSV"),
-        ("a.csv", b"prompt,completion\ra,b\r", "End lines with a line feed"),
         ("a.csv", b'prompt,completion\na,"b\n\xff"\n', ":3: not UTF-8 text (byte 0xff at column 1)"),
         ("a.csv", b"prompt,completion\na,\n", ':2: "completion" is empty'),
         ("a.tsv", b"prompt,completion\na,b\n", ':1: no column "prompt"; there are prompt,completion'),
@@ -152,6 +151,12 @@ def test_a_byte_order_mark_and_other_line_ends_do_no_harm(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"prompt",completion\r\n"a\r\nb",c\r\n\r\nd,e')
     examples = read_examples(own("csv", tmp_path / "a.csv"), "train")
     assert [(e.prompt, e.completion, e.source[-2:]) for e in examples] == [("a\r\nb", "c", ":2"), ("d", "e", ":5")]
+
+
+def test_carriage_returns_alone_end_no_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\ra,b\r")
+    assert "a.csv:1: not valid CSV" in (said := refused(own("csv", tmp_path / "a.csv")))
+    assert said.endswith("End lines with a line feed.")
 
 
 def test_a_quotation_mark_left_open_does_not_take_the_memory(tmp_path):
