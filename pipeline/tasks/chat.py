@@ -39,7 +39,7 @@ class Template:
     def last_turn(self, chat: Chat) -> Pair:
         """The assistant's last turn as what is to be generated, and all before it, rendered, as its prompt."""
         self.require()
-        place = max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
+        place = _last_answer(chat)
         return Pair(self._render(chat, place, ask=True), chat.messages[place].content, chat.source)
 
     def asked(self, text: str) -> str:
@@ -63,6 +63,8 @@ class Template:
             raise JobError(f"{self._tokens.folder}: its tokenizer has no fast form (tokenizer.json), which conversations need. Convert it.")
 
     def _marked(self, chat: Chat) -> Sequence:
+        if not _last_answer(chat):
+            raise _nothing_asks(chat)
         output = self._apply(chat, len(chat.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learnt = output["input_ids"], output["assistant_masks"]
         return _sequence(ids, [place for place, mark in enumerate(learnt) if mark], chat)
@@ -89,7 +91,7 @@ class Template:
 
     def _render(self, chat: Chat, turns: int, ask: bool = False) -> str:
         if not turns:
-            raise JobError(f"{chat.source}: the first turn is the assistant's: nothing asks for it. Put a turn before it.")
+            raise _nothing_asks(chat)
         return str(self._apply(chat, turns, tokenize=False, add_generation_prompt=ask))
 
     def _apply(self, chat: Chat, turns: int, **options: Any) -> Any:
@@ -99,6 +101,15 @@ class Template:
         except (TemplateError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JobError(f"{chat.source}: the base's chat template refuses this conversation ({reason}). Mend or remove it.") from None
+
+
+def _last_answer(chat: Chat) -> int:
+    """Which turn is the assistant's last."""
+    return max(place for place, message in enumerate(chat.messages) if message.role == ASSISTANT)
+
+
+def _nothing_asks(chat: Chat) -> JobError:
+    return JobError(f"{chat.source}: the first turn is the assistant's: nothing asks for it. Put a turn before it.")
 
 
 def _sequence(ids: list[int], learnt: list[int], chat: Chat) -> Sequence:

@@ -91,7 +91,8 @@ def _csv(file: Path, columns: tuple[str, ...]) -> Iterator[Found]:
         try:
             cells = next(found, None)
         except csv.Error as error:
-            cells, bad = [], JobError(f"{where}: not valid CSV ({error}). Is a quotation mark left open? Mend the line.")
+            repair = "End lines with a line feed." if "new-line" in str(error) else "Is a quotation mark left open? Mend the line."
+            cells, bad = [], JobError(f"{where}: not valid CSV ({error}). {repair}")
             # What follows belongs to the open quotation: it cannot be told how many rows are lost.
             if not header or "expected after" not in str(error):
                 raise bad from None

@@ -168,6 +168,8 @@ def test_a_conversation_that_begins_with_an_answer_is_refused_where_the_template
     folder = base(MARKED)
     (sequence,) = encoded(encoder(folder, chat=True), [first])
     assert [AutoTokenizer.from_pretrained(folder).decode(ids) for ids in learnt(sequence)] == ["Hello<|im_end|>", "b<|im_end|>"]
+    alone = chat(("assistant", "Hello"), ("user", "a"))  # nothing that could be scored
+    assert refused(folder, alone).startswith("chat.jsonl:1: the first turn is the assistant's: nothing asks for it")
 
 
 def test_a_base_without_a_template_is_refused_with_the_repair(base):

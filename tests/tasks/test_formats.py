@@ -153,6 +153,12 @@ def test_a_byte_order_mark_and_other_line_ends_do_no_harm(tmp_path):
     assert [(e.prompt, e.completion, e.source[-2:]) for e in examples] == [("a\r\nb", "c", ":2"), ("d", "e", ":5")]
 
 
+def test_carriage_returns_alone_end_no_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\ra,b\r")
+    assert "a.csv:1: not valid CSV" in (said := refused(own("csv", tmp_path / "a.csv")))
+    assert said.endswith("End lines with a line feed.")
+
+
 def test_a_quotation_mark_left_open_does_not_take_the_memory(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'prompt,completion\na,b\n"a' + b"line of text\n" * 2_000_000)
     assert ":3: not valid CSV (field larger" in refused(own("csv", tmp_path / "a.csv"))
