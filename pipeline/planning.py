@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
+from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
 from pipeline.job.spec import Job
 from pipeline.job.task import Mix
 from pipeline.job.zero import deepspeed_config
 from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
+from pipeline.plan.choose import choose
 from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
 from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
@@ -43,7 +46,7 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
         raise JobError(f"--nodes {nodes}: more than the {ranks} GPUs of --gpus. Name the GPUs of all nodes together.")
     first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
     labels = labels_of(first)
-    shape, zero = read_shape(_folder(job)), deepspeed_config(Path(job.memory.config))
+    shape, zero = read_shape(_folder(job)), None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config))
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(
@@ -63,10 +66,12 @@ def _folder(job: Job) -> Path:
     return fetch(job.base.model, job.base.revision, "model", ("config.json",), ("config.json",)).folder
 
 
-def _plan(job: Job, asked: Setting, zero: dict[str, Any], fewest: int | None) -> dict[str, Any]:
+def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
+    open_question, choice = asked, choose(asked) if zero is None else None
+    asked = choice.setting if choice else asked
     found, needs = memory(asked), beside(asked)
     done = work(asked, found)
-    found_wanting = lint(asked, zero)
+    found_wanting = lint(asked, zero) if zero else []
     return {
         "schema_version": SCHEMA_VERSION,
         "base": {
@@ -112,15 +117,16 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any], fewest: int | None) ->
             "gpu_hours": asked.steps and asked.steps * done.step_s * asked.ranks / 3600,
         },
         "answers": {
-            "fewest_gpus": {name: fewest if name == asked.gpu.name else fewest_gpus(asked, row) for name, row in gpus().items()},
+            "fewest_gpus": {name: fewest if name == asked.gpu.name else fewest_gpus(open_question, row) for name, row in gpus().items()},
             "largest_micro_batch_tokens": largest_micro_batch(asked),
             "largest_generation_batch_tokens": None if asked.head_outputs else largest_generation_batch(asked),
             "changes": [asdict(change) for change in changes(asked)],
         },
+        "chosen": choice and {"config": choice.config, "reasons": choice.reasons},
         "lint": {
             "file": job.memory.config,
             "findings": [asdict(finding) for finding in found_wanting],
-            "mended": mended(zero, found_wanting) if found_wanting else None,
+            "mended": mended(zero, found_wanting) if zero and found_wanting else None,
         },
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
         "arithmetic": _arithmetic(asked),
@@ -195,6 +201,10 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
             (c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]
         ]
         screen.table("to need less", rows)
+    if plan["chosen"]:
+        section = plan["chosen"]["config"]["zero_optimization"]
+        rows = [(f"{key} = {json.dumps(value)}", plan["chosen"]["reasons"][key]) for key, value in section.items()]
+        screen.table("memory configuration chosen", rows)
     if plan["lint"]["findings"]:
         rows = [(f["key"], f"{f['costs']}; {_better(f['mended'])}") for f in plan["lint"]["findings"]]
         screen.table(f"what costs in {plan['lint']['file']}", rows)

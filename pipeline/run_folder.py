@@ -18,7 +18,10 @@ from pipeline.job.errors import JobError
 
 LOGS = "logs"
 LOCK = ".lock"
-WRITTEN = ("environment.json", "job.toml", "metrics.jsonl", "tensorboard", "state", "delta", "best", "predictions", "result.json")
+WRITTEN = (
+    *("environment.json", "deepspeed.json", "job.toml", "metrics.jsonl"),
+    *("tensorboard", "state", "delta", "best", "predictions", "result.json"),
+)
 """What a run writes, logs apart; the first of them first."""
 _RETRY_S = 2.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from pipeline.evaluate.score import EvaluationSet, Scores, score
+from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
 from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
 from pipeline.job.task import Mix, SingleTask, titled
-from pipeline.job.zero import deepspeed_config
+from pipeline.job.zero import complete, deepspeed_config
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, require_dtype
 from pipeline.model.causal import Causal
@@ -22,6 +27,10 @@ from pipeline.model.config import read_config
 from pipeline.model.families import refuse_encoder
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.unknown import family_of, refuse_roles
+from pipeline.plan.choose import Choice, choose
+from pipeline.plan.hardware import gpu_of
+from pipeline.plan.memory import setting
+from pipeline.plan.shapes import read_shape
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Labelled, Reason, grouped
@@ -71,6 +80,8 @@ class Session:
     vocabulary: int
     base_config: str
     """sha256 of the base's config.json."""
+    choice: Choice | None
+    """The memory configuration, where the plan chose it."""
 
     @property
     def train(self) -> Train:
@@ -136,7 +147,6 @@ class Session:
 
 def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     """The base on these ranks, sharded, with the job's delta attached."""
-    zero = deepspeed_config(Path(job.memory.config))
     dtype = require_dtype(job.base.dtype, ranks.device)
     ranks.watch.at("fetching the base", patient=True)
     folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
@@ -148,6 +158,8 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     refuse_roles(config, job.methods[0].targets)
     if not family_of(config).encoder:
         tokens.require_end()
+    choice = _chosen(job, folder, ranks) if job.memory.config == AUTO else None
+    zero = complete(choice.config) if choice else deepspeed_config(Path(job.memory.config))
     loading = "loading the base"
     base = load_base(
         folder,
@@ -177,4 +189,21 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         context=root.context,
         vocabulary=config.vocab_size,
         base_config=sha256_of(folder / "config.json"),
+        choice=choice,
     )
+
+
+def _chosen(job: Job, folder: Path, ranks: Ranks) -> Choice:
+    """The memory configuration that the first rank's plan chooses, on every rank."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    # Of a GPU only its memory matters here.
+    gpu = gpu_of("cpu" if ranks.device.type == "cpu" else "a100-80g")
+    if ranks.device.type == "cuda":
+        total = torch.cuda.mem_get_info(ranks.device)[1]
+    labels = labels_of(sources_of(job.task)[0])
+    outputs = 1 if labels is None else len(labels)
+    asked = setting(job, None, read_shape(folder), replace(gpu, memory_bytes=total), ranks.count, -(-ranks.count // local), outputs, None)
+    choice = [choose(asked)]
+    dist.broadcast_object_list(choice)
+    return choice[0]

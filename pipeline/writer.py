@@ -76,6 +76,8 @@ class Writer:
             remove(self._run / "best")
         write_json(self._run / "environment.json", environment(ranks.count, ranks.device))
         write_text(self._run / "job.toml", job_toml(job))
+        if choice := self._session.choice:
+            write_json(self._run / "deepspeed.json", {"schema_version": 1, "config": choice.config, "reasons": choice.reasons})
         return Board(self._run, start.progress.step)
 
     def __enter__(self) -> Writer:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pipeline.job.errors import JobError
 
+AUTO = "auto"
+"""The memory configuration that the plan chooses."""
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -24,4 +26,4 @@ def memory_config(name: str) -> Path:
     if (path := shipped("ds_configs") / name).is_file() or (path := Path(name)).is_file():
         return path.resolve()
     known = ", ".join(sorted(p.name for p in shipped("ds_configs").glob("*.json")))
-    raise JobError(f'memory.config: there is no file "{name}" in ds_configs/ or here. Use one of {known}, or a path.')
+    raise JobError(f'memory.config: there is no file "{name}" in ds_configs/ or here. Use one of {known}, a path, or "auto".')

@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
-from pipeline.job.files import memory_config
+from pipeline.job.files import AUTO, memory_config
 from pipeline.job.spec import Base, Evaluate, Job, Lora, Memory, Train
 from pipeline.job.task import Mix, SingleTask, Task
 from pipeline.job.toml import EITHER, read_toml
@@ -225,6 +225,8 @@ def _resolve(job: Job, path: Path) -> Job:
         task = task.model_copy(update={"sources": sources})
     else:
         task = _located(task, path, "task")
+    if job.memory.config == AUTO:
+        return job.model_copy(update={"base": base, "task": task})
     try:
         config = memory_config(job.memory.config)
     except JobError as error:

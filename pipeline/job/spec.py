@@ -180,7 +180,7 @@ class Evaluate(Decoding):
 
 class Memory(Section):
     config: str = "zero3.json"
-    """A file of ds_configs/, or a path."""
+    """A file of ds_configs/, a path, or "auto": the fastest that fits is chosen and written to the run as `deepspeed.json`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

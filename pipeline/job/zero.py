@@ -51,6 +51,11 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
     offload = asked["zero_optimization"].get("offload_param") or {}
     if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise JobError(f'{path}: zero_optimization.offload_param.device = "nvme": not supported yet. Use "cpu".')
+    return complete(asked)
+
+
+def complete(asked: dict[str, Any]) -> dict[str, Any]:
+    """A memory configuration with what every run sets."""
     return {
         **asked,
         "train_micro_batch_size_per_gpu": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pipeline.plan.choose import choose
 from pipeline.plan.hardware import GIB, Gpu
 from pipeline.plan.lint import lean_prefetch
 from pipeline.plan.memory import Setting, beside, memory
@@ -16,6 +17,10 @@ _STEP_TOKENS = 64
 
 
 def fits(asked: Setting) -> bool:
+    """On the GPUs: a plan does not know whether there is main memory for shards, so it counts on that only where the job says so."""
+    if asked.auto:
+        choice = choose(asked)
+        return choice.fits and not choice.setting.offload
     return memory(asked).peak <= asked.gpu.memory_bytes
 
 

@@ -47,6 +47,8 @@ class Setting:
     keep_states: int
     keeps_best: bool
     steps: int | None
+    auto: bool = False
+    """Stage, offload and prefetch are still to be chosen."""
 
     @property
     def element_bytes(self) -> int:
@@ -68,14 +70,23 @@ class Setting:
 
 
 def setting(
-    job: Job, zero: dict[str, Any], shape: Shape, gpu: Gpu, ranks: int, nodes: int | None, head_outputs: int, example_tokens: int | None
+    job: Job,
+    zero: dict[str, Any] | None,
+    shape: Shape,
+    gpu: Gpu,
+    ranks: int,
+    nodes: int | None,
+    head_outputs: int,
+    example_tokens: int | None,
 ) -> Setting:
     """Args:
+    zero: the memory configuration. None: to be chosen.
     nodes: None: as few as hold the ranks.
     head_outputs: of a task's own head.
     example_tokens: tokens of an example. None: the longest there can be.
     """
-    train = job.train
+    train, auto = job.train, zero is None
+    zero = zero or {"zero_optimization": {"stage": 3}}
     longest = min(train.max_tokens or shape.context, shape.context)
     offload = zero["zero_optimization"].get("offload_param") or {}
     return Setting(
@@ -98,6 +109,7 @@ def setting(
         keep_states=train.keep_states,
         keeps_best=job.evaluate.best_metric is not None,
         steps=train.steps,
+        auto=auto,
     )
 
 
@@ -137,7 +149,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     sharded = asked.stage == 3
     found = _gathered(shape, asked.adapted, asked.prefetch, min(asked.ranks, 8), asked.checkpointing) if sharded else _NOTHING
     base = (shard(shape.sizes, asked.ranks) if sharded else shape.parameters) * e
-    on_device = 0 if asked.offload and sharded else base
+    on_device = 0 if asked.offload and sharded and gpu.name != "cpu" else base
     delta = asked.trained * _FP32
     # One flat buffer, two slots for the loss and the vote; two moments (pipeline/train/step.py).
     gradients, optimizer = delta + 2 * _FP32, 2 * delta
