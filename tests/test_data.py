@@ -178,7 +178,7 @@ def test_marked_tokens_are_those_that_the_loss_counts(tmp_path, gpt2_base):
     job = pairs_job(tmp_path, gpt2_base, 'too_long = "truncate"\nseparator = "<|endoftext|>"', "max_tokens = 20")
     asked, tokens = read_job(job), Tokens(gpt2_base)
     (task,) = sources_of(asked.task)
-    data, _ = fit(split_store(task, "train", encoder_of(task, tokens, VOCABULARY, 20), Screen(io.StringIO())), 20, "truncate")
+    data, _ = fit(split_store(task, "train", encoder_of(task, tokens, VOCABULARY, 20, False), Screen(io.StringIO())), 20, "truncate")
     report = seen(job, examples=24)
     assert len(report["examples"]) == 24
     for index, example in enumerate(report["examples"]):
