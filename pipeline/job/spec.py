@@ -71,7 +71,7 @@ class Train(Section):
     micro_batch_tokens: PositiveInt = 4096
     """Tokens of one forward pass on one rank: the memory knob. Never changes the result."""
     packing: bool = True
-    """Lay the examples of a micro-batch end to end instead of padding them. Never changes the result."""
+    """Lay the examples of a micro-batch end to end instead of padding them. Never changes the result. DeBERTa is always padded."""
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Longest example. Absent: the base's context."""
     epochs: PositiveFloat | None = None

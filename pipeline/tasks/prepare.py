@@ -21,7 +21,7 @@ from pipeline.tasks.tokens import Tokens
 from pipeline.weights.digest import digest_of
 
 
-def encoder_of(task: SingleTask, tokens: Tokens, vocabulary: int, block_tokens: int, special: bool) -> Encoder:
+def encoder_of(task: SingleTask, tokens: Tokens, vocabulary: int, block_tokens: int, special: bool = False) -> Encoder:
     """How a task's examples become sequences.
 
     Args:
