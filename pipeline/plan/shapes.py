@@ -153,11 +153,14 @@ def _gpt2(config: dict[str, Any]) -> Shape:
 
 
 def _llama(config: dict[str, Any]) -> Shape:
+    family = config["model_type"]
     width, ffn = _first(config, "hidden_size", default=4096), _first(config, "intermediate_size", default=11008)
     layers, heads = _first(config, "num_hidden_layers", default=32), _first(config, "num_attention_heads", default=32)
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = config.get("num_key_value_heads") or {"mistral": 8}.get(family, heads)
     head_width = config.get("head_dim") or width // heads
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    # Qwen2 has biases on q, k and v, always.
+    bias_in = bias or family == "qwen2"
     vocabulary, context = _first(config, "vocab_size", default=32000), _first(config, "max_position_embeddings", default=2048)
     if config.get("hidden_act", "silu") != "silu":
         raise KeyError(f'activation "{config["hidden_act"]}"')
@@ -165,9 +168,9 @@ def _llama(config: dict[str, Any]) -> Shape:
         Part("", inside=12, stage=6),
         Part("input_layernorm", (width,), stage=0),
         Part("self_attn", inside=4, stage=3),
-        _linear("self_attn.q_proj", width, heads * head_width, bias, ("q",), 1),
-        _linear("self_attn.k_proj", width, kv_heads * head_width, bias, ("k",), 1),
-        _linear("self_attn.v_proj", width, kv_heads * head_width, bias, ("v",), 1),
+        _linear("self_attn.q_proj", width, heads * head_width, bias_in, ("q",), 1),
+        _linear("self_attn.k_proj", width, kv_heads * head_width, bias_in, ("k",), 1),
+        _linear("self_attn.v_proj", width, kv_heads * head_width, bias_in, ("v",), 1),
         _linear("self_attn.o_proj", heads * head_width, width, bias, ("o",), 2),
         Part("post_attention_layernorm", (width,), stage=3),
         Part("mlp", inside=4, stage=6),
@@ -177,7 +180,7 @@ def _llama(config: dict[str, Any]) -> Shape:
         _linear("mlp.down_proj", ffn, width, mlp_bias, ("mlp_out",), 5),
     )
     return Shape(
-        "llama", layers, width, ffn, heads, kv_heads, head_width, vocabulary, context, "rms", "gated_silu",
+        family, layers, width, ffn, heads, kv_heads, head_width, vocabulary, context, "rms", "gated_silu",
         tied=config.get("tie_word_embeddings", False),
         embeddings=(Part("embed_tokens", (vocabulary * width,)), Part("rotary_emb")),
         layer=layer,
@@ -191,7 +194,7 @@ def _first(config: dict[str, Any], *names: str, default: int) -> int:
     return int(next((config[name] for name in names if config.get(name) is not None), default))
 
 
-_FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {"gpt2": _gpt2, "llama": _llama}
+_FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {"gpt2": _gpt2, "llama": _llama, "mistral": _llama, "qwen2": _llama}
 
 
 @dataclass(frozen=True)

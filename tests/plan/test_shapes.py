@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Lora
@@ -23,6 +23,8 @@ CONFIGS = [
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=24, vocab_size=300,
         attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
     ),
+    MistralConfig(hidden_size=96, intermediate_size=250, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=90),
+    Qwen2Config(hidden_size=80, intermediate_size=120, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=90),
 ]  # fmt: skip
 
 
