@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,12 +33,13 @@ from pipeline.plan.memory import setting
 from pipeline.plan.shapes import read_shape
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
-from pipeline.tasks.example import Labelled, Reason, grouped
-from pipeline.tasks.open import all_examples, has_split, named_split, sources_of
+from pipeline.tasks.example import Reason, grouped
+from pipeline.tasks.open import has_split, sources_of
 from pipeline.tasks.order import Stream
 from pipeline.tasks.prepare import encoder_of, source_of, split_store, stream_of
-from pipeline.tasks.sequences import Chosen, Joined, Listed, Sequences, fit
+from pipeline.tasks.sequences import Chosen, Joined, Sequences, fit
 from pipeline.tasks.store import Store
+from pipeline.tasks.texts import wanted_texts
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.digest import file_digests, sha256_of
@@ -93,7 +94,7 @@ class Session:
         """The training split, as sequences that fit."""
         limit = min(self.job.train.max_tokens or self.context, self.context)
         tasks = sources_of(self.job.task)
-        stores = [self._store(task, limit) for task in tasks]
+        stores = [self._store(task, "train", limit) for task in tasks]
         fitted = [fit(store, limit, task.too_long) for store, task in zip(stores, tasks, strict=True)]
         parts = [part for part, _ in fitted]
         return TrainingSet(
@@ -104,10 +105,10 @@ class Session:
             tuple(reason for store in stores for reason in store.about.dropped),
         )
 
-    def _store(self, task: SingleTask, limit: int) -> Store:
-        """The training split's tokens: from the cache, or made by one rank of each machine."""
+    def _store(self, task: SingleTask, split: Split, limit: int) -> Store:
+        """A split's tokens: from the cache, or made by one rank of each machine."""
         self.ranks.watch.at("tokenising", patient=True)
-        return one_rank_first(self.ranks, lambda: split_store(task, "train", self.encoder(task, limit), self.screen))
+        return one_rank_first(self.ranks, lambda: split_store(task, split, self.encoder(task, limit), self.screen))
 
     def encoder(self, task: SingleTask, block_tokens: int) -> Encoder:
         return encoder_of(task, self.tokens, self.vocabulary, block_tokens, self.base.family.encoder)
@@ -118,25 +119,20 @@ class Session:
         return tuple(self._evaluation(task, split, mixed) for task in sources_of(self.job.task) if has_split(task, split))
 
     def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
-        encoder = self.encoder(task, self.context)
-        examples, dropped = all_examples(source_of(task, split, encoder), named_split(task, split))
-        pairs, most = encoder.asked(examples), self.job.evaluate.max_prompts
-        if pairs:
-            wanted = {prompt.text for prompt in grouped(pairs)[:most]}
-            chosen = [place for place, pair in enumerate(pairs) if pair.prompt in wanted]
-            pairs, examples = [pairs[place] for place in chosen], [examples[place] for place in chosen]
-        made = list(islice(encoder.sequences(examples), None if pairs else most))
-        whole = Listed([sequence for sequence, _ in made], [source for _, source in made])
+        encoder, most = self.encoder(task, self.context), self.job.evaluate.max_prompts
+        store = self._store(task, split, self.context)
+        texts = wanted_texts(source_of(task, split, encoder), encoder, most)
+        whole = Chosen(store, np.asarray(texts.places or range(min(len(store), most or len(store)))))
         fitted, too_long = fit(whole, self.context, task.too_long)
-        kept = fitted.kept if isinstance(fitted, Chosen) else range(len(whole))
-        prompts = grouped(pairs[place] for place in kept) if pairs else []
+        left = fitted.kept if isinstance(fitted, Chosen) and fitted is not whole else range(len(whole))
+        prompts = grouped(texts.pairs[place] for place in left) if texts.pairs else []
         # A prompt never depends on its references.
         room = max(1, self.context - self.job.evaluate.max_new_tokens)
         ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in encoder.prompts([p.text for p in prompts])]
-        labelled = [example for place in kept if isinstance(example := examples[place], Labelled)]
-        sequences = [fitted[place] for place in range(len(fitted))]
+        labelled = [texts.labelled[place] for place in left] if texts.labelled else []
         title = titled(task) if mixed else ""
-        return EvaluationSet(title, scored_as(task), split, sequences, prompts, ids, labelled, labels_of(task), too_long, dropped)
+        dropped = store.about.dropped
+        return EvaluationSet(title, scored_as(task), split, fitted, prompts, ids, labelled, labels_of(task), too_long, dropped)
 
     def score(self, data: tuple[EvaluationSet, ...]) -> Scores:
         return score(self.root, self.engine, data, self.tokens, self.job.evaluate, self.train, self.ranks, self._bar)

@@ -9,15 +9,13 @@ import torch.distributed as dist
 
 from pipeline.model.causal import Causal
 from pipeline.tasks.batch import collate
-from pipeline.tasks.example import Sequence
 from pipeline.tasks.order import deal
+from pipeline.tasks.sequences import Sequences
 from pipeline.train.engine import Ranks, StopAgreed
 
 
 @torch.no_grad()
-def measure(
-    root: Causal, sequences: list[Sequence], ranks: Ranks, micro_batch_tokens: int, packed: bool
-) -> tuple[float, list[list[float]]]:
+def measure(root: Causal, sequences: Sequences, ranks: Ranks, micro_batch_tokens: int, packed: bool) -> tuple[float, list[list[float]]]:
     """The loss per target token or label, as in training but without label smoothing; NaN where all labels are withheld.
 
     Returns:
@@ -26,7 +24,7 @@ def measure(
     Raises:
         StopAgreed: a rank was asked to stop.
     """
-    dealt = deal([len(s) for s in sequences], ranks.count, micro_batch_tokens, packed)
+    dealt = deal([sequences.tokens(i) for i in range(len(sequences))], ranks.count, micro_batch_tokens, packed)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     mine: dict[int, list[float]] = {}
     for chosen in dealt[ranks.rank]:
@@ -38,7 +36,7 @@ def measure(
         if outputs:
             mine.update(zip(chosen, outputs[0].tolist(), strict=True))
     dist.all_reduce(total)
-    targets = sum(s.targets for s in sequences)
+    targets = sum(sequences.targets(i) for i in range(len(sequences)))
     loss = total.item() / targets if targets else math.nan
     if not root.has_readout:
         return loss, []

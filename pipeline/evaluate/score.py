@@ -15,7 +15,8 @@ from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.job.labels import glue_labels
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
-from pipeline.tasks.example import Labelled, Prompt, Reason, Sequence
+from pipeline.tasks.example import Labelled, Prompt, Reason
+from pipeline.tasks.sequences import Sequences
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks
 from pipeline.weights.atomic import write_text
@@ -32,7 +33,7 @@ class EvaluationSet:
     kind: str
     """Whose metrics."""
     split: str
-    sequences: list[Sequence]
+    sequences: Sequences
     """Of every example, for the loss."""
     prompts: list[Prompt]
     """What is generated and what is expected; none where nothing is generated."""
@@ -160,7 +161,7 @@ def _part(data: EvaluationSet, loss: float, predictions: list[Prediction], scrip
     if len(known) < len(predictions):
         notes = [*notes, f"{len(predictions) - len(known):,} labels of the {data.split} split are withheld: predictions, but no scores."]
     notes = [*notes, *(f"rows of the {data.split} split left out: {reason}" for reason in data.dropped)]
-    targets = sum(sequence.targets for sequence in data.sequences)
+    targets = sum(data.sequences.targets(place) for place in range(len(data.sequences)))
     if targets:
         metrics = {**metrics, "loss": loss} | ({} if data.labelled else {"perplexity": perplexity(loss)})
     return Part(data.title, data.kind, metrics, tuple(notes), predictions, targets, data.too_long)
