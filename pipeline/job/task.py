@@ -16,9 +16,9 @@ class TaskSection(Section):
     data: Text | None = None
     """Folder or file. Absent: the hub's copy, where the task has one."""
     separator: str | None = None
-    """Text between prompt and completion, or two texts judged together. Absent: the task's own; for pairs of an encoder, its tokenizer's."""
+    """Text between prompt and completion, or two texts judged together. Absent: the task's own; with an encoder, its tokenizer's."""
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
-    """Of an example longer than `train.max_tokens`. Truncation cuts a prompt from its left, other texts from their right; of two, the longer."""
+    """Of an example longer than `train.max_tokens`. Truncation cuts a prompt's left, other texts' right; of two, the longer."""
     train_examples: PositiveInt | None = None
     """Learn from so many of the training examples only, as in the paper's low-data study. A smaller draw is part of a larger one."""
     train_examples_seed: Seed = 1
