@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 from pipeline.deltas.merge import merge
 from pipeline.tasks.order import Stream
+from tests.families import make_family
 from tests.training import WORDS, read_run, trained
 
 NAMES = ("cheap", "dear", "unknown")
@@ -230,3 +231,28 @@ def test_labels_as_text_are_generated_and_scored_as_labels(gpt2_base, ranks2, tm
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "valid-000060.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["references"]) for row in rows][1] == ("sentence: A cafe .", ["negative", "positive"])
     assert (rows[0]["prediction"], rows[2]["prediction"]) == ("positive", "negative")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2"])
+def test_an_encoder_trains_on_pairs_and_judges_as_transformers_does(name, ranks2, tmp_path):
+    base = make_family(name, tmp_path / "base")
+    job = write_job(tmp_path, base, "classification")
+    settings = ('methods.0.targets=["q", "v"]', "train.max_tokens=14", 'task.too_long="truncate"', "train.steps=3", "train.warmup_steps=0")
+    run = trained(ranks2, job, tmp_path / "run", *settings)
+    ranks2.run(evaluate_here, str(tmp_path / "run"), "test")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(NAMES))
+    model, tokenizer = PeftModel.from_pretrained(plain, tmp_path / "run" / "delta").eval(), AutoTokenizer.from_pretrained(base)
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "test.jsonl").read_text().splitlines()]
+    for row, prediction in zip(read_rows(tmp_path, "test"), predictions, strict=True):
+        logits = model(**tokenizer(row["text"], row["other"], return_tensors="pt")).logits[0]
+        assert prediction["prediction"] == NAMES[int(logits.argmax())]
+    # The first step's loss, from the tensors it began with: a step at a learning rate of next to nothing leaves them.
+    start = trained(ranks2, job, tmp_path / "start", *settings[:3], "train.steps=1", "train.learning_rate=1e-12", "train.warmup_steps=0")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(NAMES))
+    model, rows = PeftModel.from_pretrained(plain, tmp_path / "start" / "delta").eval(), read_rows(tmp_path, "train")
+    losses = []
+    for index in Stream((len(rows),), 1).examples(0, 7):
+        pair = tokenizer(rows[index]["text"], rows[index]["other"], truncation="longest_first", max_length=14, return_tensors="pt")
+        losses.append(float(loss_of(model(**pair).logits[0], wanted(rows[index], "classification"), "classification").detach()))
+    assert run.losses[0] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert start.losses[0] == run.losses[0]
