@@ -45,6 +45,8 @@ class Gathered:
 
     forward: int
     """The most at once."""
+    head: int
+    """The most while the head is in use, when a tied one's buffers are gone already."""
     backward: int
     between: int
     """What stays gathered from step to step: parameters below the persistence threshold."""
@@ -67,13 +69,13 @@ def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, che
     between = sum(size for size in sizes if size <= prefetch.persistence)
     if ranks == 1:
         # One rank owns everything: gathering makes no copy.
-        return Gathered(0, 0, 0, 0)
+        return Gathered(0, 0, 0, 0, 0)
     # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
     first = _Follower(sizes, visits, prefetch, ranks)
     first.run()
     follower = _Follower(sizes, visits, prefetch, ranks, first.decisions)
     follower.run()
-    return Gathered(follower.most["forward"], follower.most["backward"], between, follower.fetched)
+    return Gathered(follower.most["forward"], follower.most["head"], follower.most["backward"], between, follower.fetched)
 
 
 def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[int, ...], list[_Visit]]:
@@ -162,8 +164,9 @@ class _Follower:
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
         self._last_fetched_for = [-1] * len(sizes)
         self._step = 0
+        self._now = "forward"
         self._elements = sum(sizes[p] for p in self._available)
-        self.most = {"forward": self._elements, "backward": self._elements}
+        self.most = dict.fromkeys(("forward", "head", "backward"), self._elements)
         self.fetched = 0
         self._passed = [0]
         for visit in self._order:
@@ -175,8 +178,9 @@ class _Follower:
 
     def run(self) -> None:
         held: set[int] = set()
-        for visit in self._all:
-            self._now: str = "forward" if visit.passes == "forward" else "backward"
+        last = max(place for place, visit in enumerate(self._all) if visit.passes == "forward")
+        for place, visit in enumerate(self._all):
+            self._now = "head" if place == last else "forward" if place < last else "backward"
             if visit.passes == "release":
                 self._drop(set(visit.parameters) - self._persistent)
                 held.clear()
@@ -260,4 +264,5 @@ class _Follower:
 
     def _grow(self, elements: int) -> None:
         self._elements += elements
-        self.most[self._now] = max(self.most[self._now], self._elements)
+        for phase in ("forward", "head") if self._now == "head" else (self._now,):
+            self.most[phase] = max(self.most[phase], self._elements)

@@ -164,7 +164,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     whole = shape.parameters * e if once else found.forward * e
     used = {
         "load": on_device + min(_READ_ELEMENTS * _FP32, base),
-        "forward": resident + acts.kept + max(acts.logits, acts.forward) + found.forward * e,
+        "forward": resident + acts.kept + max(acts.logits + found.head * e, acts.forward + found.forward * e),
         "backward": resident + acts.backward + found.backward * e,
         # Fused AdamW works in place; the gathered small parameters stay.
         "step": resident + found.between * e,
@@ -198,7 +198,7 @@ def _full(asked: Setting) -> MicroBatch:
     return MicroBatch(n, n, max(1, n // asked.example_tokens) if asked.head_outputs else n)
 
 
-_NOTHING = Gathered(0, 0, 0, 0)
+_NOTHING = Gathered(0, 0, 0, 0, 0)
 _gathered = lru_cache(maxsize=64)(gathered)
 """Ranks enter by a few elements of padding only; it is asked for many times with the same."""
 
