@@ -341,8 +341,8 @@ def test_private_memory_does_not_grow_with_the_file(tmp_path, base):
         done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)["private_bytes"]
 
-    small, large = grown("build", 1_000_000), grown("build", 9_000_000)
-    assert large < 70e6
-    # As tuples the tokens alone are 20 MB more, as arrays 10 MB.
-    assert large - small < 10e6
-    assert grown("read", 9_000_000) < 60e6
+    small, large = grown("build", 1_000_000), grown("build", 24_000_000)
+    assert large < 80e6
+    # As tuples the tokens alone are 55 MB more, as arrays 27 MB; what the allocator keeps varies by a few.
+    assert large - small < 18e6
+    assert grown("read", 24_000_000) < 60e6
