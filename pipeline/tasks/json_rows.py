@@ -40,6 +40,11 @@ def parsed(line: str, where: str) -> Row:
 
 def json_array(file: Path, key: str | None = None) -> Iterator[tuple[Row, str]]:
     """The objects of a file that is one array, or `{key: array}`."""
+    return ((as_object(value, where), where) for value, where in json_values(file, key))
+
+
+def json_values(file: Path, key: str | None = None) -> Iterator[tuple[Any, str]]:
+    """The same, whatever they are."""
     text = whole_text(file)
     decoder, place, line = json.JSONDecoder(), 0, 1
 
@@ -72,7 +77,7 @@ def json_array(file: Path, key: str | None = None) -> Iterator[tuple[Row, str]]:
             raise JobError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}. Mend the line.") from None
         except (ValueError, RecursionError) as error:
             raise JobError(f"{where}: not readable JSON: {error}. Mend the line.") from None
-        yield as_object(value, where), where
+        yield value, where
         move(end)
         more = not follows("]")
         if more:

@@ -5,7 +5,6 @@ In: a folder with `train.*`, `valid.*`, `test.*` (files, or folders of files), o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ from pipeline.tasks.example import ASSISTANT, Chat, Document, Dropped, Example, 
 from pipeline.tasks.json_rows import Row, as_object, field
 from pipeline.tasks.rows import FORMATS, Format, rows
 
+_LARGEST_NUMBER = 3.4028234e38
+"""Of fp32, in which a head is trained."""
 _SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 
 
@@ -178,7 +179,7 @@ def _number(row: Row, key: str, where: str) -> float:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError
         number = float(value)
-        if not math.isfinite(number):
+        if not abs(number) <= _LARGEST_NUMBER:  # nor what is no number
             raise ValueError
     except (ValueError, OverflowError):
         found = f'it is "{str(value)[:80]}"' if key in row else f"has {', '.join(sorted(map(str, row)))}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.job.errors import JobError
 from pipeline.tasks.files import decoded, raw_lines
-from pipeline.tasks.json_rows import Row, json_array, parsed
+from pipeline.tasks.json_rows import Row, as_object, json_values, parsed
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -43,7 +43,7 @@ def rows(file: Path, form: Format, columns: tuple[str, ...]) -> Iterator[Found]:
         case "jsonl":
             return _json_lines(file)
         case "json":
-            return ((where, partial(_given, row)) for row, where in json_array(file))
+            return ((where, partial(as_object, value, where)) for value, where in json_values(file))
         case "csv":
             return _csv(file, columns)
         case "parquet":

@@ -269,7 +269,7 @@ def test_names_with_marks_in_them_stay_whole_in_a_reason(tmp_path):
     assert (kept, why) == (["2"], (Reason('"text (en): 1. x" is missing or not text', 1, f"{file}:1"),))
 
 
-@pytest.mark.parametrize("text", ["inf", "nan", "", "high", "1e999"])
+@pytest.mark.parametrize("text", ["inf", "nan", "", "high", "1e999", "1e39", "-1e39"])
 def test_a_number_that_is_none_is_named(tmp_path, text):
     file = write(tmp_path / "a.csv", [{"text": "a", "label": text}])
     assert refused(own("regression", file)).startswith(f'{file}:2: "label" is missing or not a number (it is "{text}")')
@@ -317,3 +317,12 @@ def test_a_parquet_file_that_is_one_row_group_is_read_in_little_memory(tmp_path)
         assert found.text == text
         most = max(most, pa.total_allocated_bytes())
     assert most - before < 8e6
+
+
+def test_an_element_of_a_list_that_is_no_object_is_left_out_where_the_job_says_so(tmp_path):
+    file = tmp_path / "train.json"
+    file.write_text('[{"text": "one"},\n3,\n{"text": "two"}]')
+    found, why = dropped_of(own("text", file, bad_rows="drop"))
+    assert len(found) == 2
+    assert why == (Reason("int, not an object of named fields", 1, f"{file}:2"),)
+    assert refused(own("text", file)).startswith(f"{file}:2: int, not an object")
