@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,9 +173,15 @@ def gathered_storages(root):
 
 
 def alive(storages):
-    # DeepSpeed's handle of the newest gather may hold its buffer in a cycle until the next collection.
-    gc.collect()
-    return sum(not storage.expired() for storage in storages)
+    # DeepSpeed's handle of the newest gather may hold its buffer in a cycle until the next collection, and gloo's thread
+    # lets go of a finished gather a moment after whoever waited for it goes on.
+    deadline = time.monotonic() + 2.0
+    while True:
+        gc.collect()
+        count = sum(not storage.expired() for storage in storages)
+        if not count or time.monotonic() > deadline:
+            return count
+        time.sleep(0.01)
 
 
 def released(ranks, folder, zero, native):
