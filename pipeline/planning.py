@@ -25,7 +25,6 @@ from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import fetch
 
 SCHEMA_VERSION = 1
-_DECIMAL = 1e9
 
 
 def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_tokens: int | None) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     asked, base, answers = plan["setting"], plan["base"], plan["answers"]
     verdict = "fits" if plan["fits"] else "does not fit"
     screen.table(
-        f"{base['model']}: {base['parameters'] / _DECIMAL:,.2f}B parameters, {plan['trained_parameters']:,} trained",
+        f"{base['model']}: {base['parameters']:,} parameters, {plan['trained_parameters']:,} trained",
         [
             ("on", f"{asked['gpus']} x {asked['gpu']} on {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}, {asked['dtype']}"),
             (verdict, f"{size_text(plan['peak_bytes'])} of {size_text(plan['capacity_bytes'])} a GPU"),

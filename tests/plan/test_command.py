@@ -56,7 +56,7 @@ def test_the_command_answers_without_torch_and_keeps_its_keys():
 def test_people_read_tables_and_the_arithmetic_on_request():
     words = [sys.executable, "-m", "pipeline", "plan", GPT3, "--gpu", "v100-32g", "--gpus", "32"]
     shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "174.60B parameters, 18,874,368 trained" in shown
+    assert "174,604,259,328 parameters, 18,874,368 trained" in shown
     assert "32 x v100-32g on 4 nodes, fp16" in shown
     assert "paper 1.2 TB; ours 2.8 TB" in " ".join(shown.split())
     assert "arithmetic" not in shown
