@@ -13,7 +13,8 @@ from typer.main import get_command
 from pipeline.cli import app
 from pipeline.job.read import read_job
 from pipeline.job.task import Task
-from pipeline.tasks.open import read_examples, sources_of
+from pipeline.tasks.open import sources_of
+from tests.tasks.reading import read_examples
 
 ROOT = Path(__file__).parents[1]
 

@@ -177,7 +177,8 @@ READ = """
 import sys
 from pipeline.job.task import E2E, WebNlg
 from pipeline.tasks.hub import load
-from pipeline.tasks.open import hub_copies, read_examples
+from pipeline.tasks.open import hub_copies
+from tests.tasks.reading import read_examples
 splits = ("train", "valid", "test")
 print([read_examples(E2E(kind="e2e"), split)[0].completion for split in splits])
 (copy,) = hub_copies(WebNlg(kind="webnlg"))

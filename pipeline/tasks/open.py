@@ -10,7 +10,7 @@ from pipeline.tasks.dart import open_dart
 from pipeline.tasks.draw import drawn, held_back
 from pipeline.tasks.e2e import HUB as E2E_HUB
 from pipeline.tasks.e2e import open_e2e
-from pipeline.tasks.example import Dropped, Example, Reason, Source, count, none_left
+from pipeline.tasks.example import Source
 from pipeline.tasks.glue import as_text, glue_copies, open_glue
 from pipeline.tasks.hub import HubCopy
 from pipeline.tasks.own import open_own, split_files
@@ -68,33 +68,6 @@ def sources_of(task: Task) -> tuple[SingleTask, ...]:
 def content_keys(task: SingleTask) -> dict[str, object]:
     """What decides a split's examples beside the files themselves."""
     return task.model_dump(exclude={"data", "valid", "test", "title", "weight", "too_long", "separator"})
-
-
-def read_examples(task: SingleTask, split: Split) -> list[Example]:
-    """All examples of a split, in file order.
-
-    Raises:
-        JobError: the split is not there, is malformed or empty.
-    """
-    return all_examples(open_split(task, split), named_split(task, split))[0]
-
-
-def all_examples(source: Source, what: str) -> tuple[list[Example], tuple[Reason, ...]]:
-    """All examples of a source, in file order, and what was left out.
-
-    Args:
-        what: the split, for messages.
-    """
-    examples: list[Example] = []
-    reasons: dict[str, Reason] = {}
-    for found in source.read():
-        if isinstance(found, Dropped):
-            count(reasons, found)
-        else:
-            examples.append(found)
-    if not examples:
-        raise none_left(what, reasons)
-    return examples, tuple(reasons.values())
 
 
 def named_split(task: SingleTask, split: Split) -> str:

@@ -38,36 +38,6 @@ class Sequences(Protocol):
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Sequences in memory."""
-
-    sequences: list[Sequence]
-    sources: list[str]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> Sequence:
-        return self.sequences[index]
-
-    def tokens(self, index: int) -> int:
-        return len(self.sequences[index])
-
-    def targets(self, index: int) -> int:
-        return self.sequences[index].targets
-
-    def source(self, index: int) -> str:
-        return self.sources[index]
-
-    def lengths(self) -> np.ndarray:
-        return np.array([len(sequence) for sequence in self.sequences])
-
-    @property
-    def longest(self) -> int:
-        return int(self.lengths().max())
-
-
-@dataclass(frozen=True)
 class Truncated:
     """Those longer than `max_tokens` cut to it."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Sequence
 from pipeline.tasks.tokens import Tokens
@@ -28,3 +32,33 @@ def encoder(folder, separator="", **settings):
 def encoded(made, examples):
     """Sequences alone."""
     return [sequence for sequence, _ in made.sequences(examples)]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Sequences in memory."""
+
+    sequences: list[Sequence]
+    sources: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> Sequence:
+        return self.sequences[index]
+
+    def tokens(self, index: int) -> int:
+        return len(self.sequences[index])
+
+    def targets(self, index: int) -> int:
+        return self.sequences[index].targets
+
+    def source(self, index: int) -> str:
+        return self.sources[index]
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(sequence) for sequence in self.sequences])
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths().max())

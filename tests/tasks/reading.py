@@ -5,8 +5,38 @@ from __future__ import annotations
 import pytest
 
 from pipeline.job.errors import JobError
+from pipeline.job.section import Split
+from pipeline.job.task import SingleTask
 from pipeline.tasks import hub
-from pipeline.tasks.open import read_examples
+from pipeline.tasks.example import Dropped, Example, Reason, Source, count, none_left
+from pipeline.tasks.open import named_split, open_split
+
+
+def read_examples(task: SingleTask, split: Split) -> list[Example]:
+    """All examples of a split, in file order.
+
+    Raises:
+        JobError: the split is not there, is malformed or empty.
+    """
+    return all_examples(open_split(task, split), named_split(task, split))[0]
+
+
+def all_examples(source: Source, what: str) -> tuple[list[Example], tuple[Reason, ...]]:
+    """All examples of a source, in file order, and what was left out.
+
+    Args:
+        what: the split, for messages.
+    """
+    examples: list[Example] = []
+    reasons: dict[str, Reason] = {}
+    for found in source.read():
+        if isinstance(found, Dropped):
+            count(reasons, found)
+        else:
+            examples.append(found)
+    if not examples:
+        raise none_left(what, reasons)
+    return examples, tuple(reasons.values())
 
 
 def refused(task, split="train"):

@@ -12,10 +12,9 @@ from pipeline.job.errors import JobError
 from pipeline.job.task import E2E, Conversations, Dart, Glue, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 from pipeline.tasks.example import Chat, Document, Labelled, Pair
 from pipeline.tasks.json_rows import json_array
-from pipeline.tasks.open import read_examples
-from pipeline.tasks.sequences import Listed, fit
-from tests.tasks.making import learnt_from
-from tests.tasks.reading import refused
+from pipeline.tasks.sequences import fit
+from tests.tasks.making import Listed, learnt_from
+from tests.tasks.reading import read_examples, refused
 
 TABLE = json.dumps({"id": "1", "header": ["a"], "types": ["text"]})
 # The kind of task, its training file, and that file with two good examples; the second on its second line.

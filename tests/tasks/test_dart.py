@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.job.task import Dart
-from pipeline.tasks.open import read_examples
-from tests.tasks.reading import pairs, refused, stub_hub
+from tests.tasks.reading import pairs, read_examples, refused, stub_hub
 
 TRAIN, DEV, TEST = (f"dart-v1.1.1-full-{name}" for name in ("train", "dev", "test"))
 SET = {

@@ -14,10 +14,10 @@ from pipeline.tasks import documents as documents_file
 from pipeline.tasks import encode as encode_file
 from pipeline.tasks.documents import documents
 from pipeline.tasks.example import Document
-from pipeline.tasks.open import read_examples
 from pipeline.tasks.tokens import Tokens
 from tests.bases import make_tokenizer
 from tests.tasks.making import encoder
+from tests.tasks.reading import read_examples
 from tests.tasks.test_tokens import give_lead
 
 LINES = [

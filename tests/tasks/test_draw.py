@@ -11,7 +11,8 @@ from pipeline.job.errors import JobError
 from pipeline.job.task import Pairs, PlainText
 from pipeline.tasks.draw import drawn, held_back
 from pipeline.tasks.example import Chat, Document, Dropped, Labelled, Message, Pair, Source
-from pipeline.tasks.open import open_split, read_examples
+from pipeline.tasks.open import open_split
+from tests.tasks.reading import read_examples
 
 PAIRS = [Pair(f"prompt {number // 3}", f"text {number}", f"a:{number}") for number in range(3000)]
 PIECES = [Document(f"{number // 4} {number}", f"a:{number}", continued=number % 4 > 0) for number in range(4000)]

@@ -10,8 +10,8 @@ from pipeline.job.errors import JobError
 from pipeline.job.task import E2E
 from pipeline.tasks.e2e import linearise
 from pipeline.tasks.example import grouped
-from pipeline.tasks.open import has_split, read_examples
-from tests.tasks.reading import stub_hub
+from pipeline.tasks.open import has_split
+from tests.tasks.reading import read_examples, stub_hub
 
 # Novikova, Dusek and Rieser 2017, table 1; the training and development counts are those of the released files.
 ROWS = {"train": 42_061, "valid": 4_672, "test": 4_693}

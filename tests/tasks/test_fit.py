@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.job.errors import JobError
 from pipeline.tasks.example import Sequence
-from pipeline.tasks.sequences import Joined, Listed, fit
-from tests.tasks.making import learnt_from, start_of
+from pipeline.tasks.sequences import Joined, fit
+from tests.tasks.making import Listed, learnt_from, start_of
 
 
 def make(*shapes):

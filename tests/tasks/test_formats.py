@@ -13,8 +13,8 @@ import pytest
 from pipeline.job.errors import JobError
 from pipeline.job.task import Classification, Conversations, Pairs, PlainText, Regression
 from pipeline.tasks.example import Reason
-from pipeline.tasks.open import all_examples, open_split, read_examples
-from tests.tasks.reading import refused
+from pipeline.tasks.open import open_split
+from tests.tasks.reading import all_examples, read_examples, refused
 
 TEXTS = [
     ("  a ", " b\n"),

@@ -11,8 +11,8 @@ from pipeline.job.labels import labels_of
 from pipeline.job.task import Glue
 from pipeline.tasks import hub
 from pipeline.tasks.example import Dropped
-from pipeline.tasks.open import content_keys, open_split, read_examples, separator_text
-from tests.tasks.reading import refused, stub_hub
+from pipeline.tasks.open import content_keys, open_split, separator_text
+from tests.tasks.reading import read_examples, refused, stub_hub
 
 # Rows, and those of label 1 (RTE: not_entailment), of the files that the fixture has; None: withheld.
 PUBLISHED = {

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.job.errors import JobError
 from pipeline.job.task import Pairs
-from pipeline.tasks.open import has_split, read_examples
+from pipeline.tasks.open import has_split
+from tests.tasks.reading import read_examples
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from pipeline.job.task import SamSum
-from pipeline.tasks.open import read_examples, separator_text
-from tests.tasks.reading import pairs, refused, stub_hub
+from pipeline.tasks.open import separator_text
+from tests.tasks.reading import pairs, read_examples, refused, stub_hub
 
 # Gliwa et al. 2019, table 2.
 ROWS = {"train": ("train", 14_732), "valid": ("validation", 818), "test": ("test", 819)}

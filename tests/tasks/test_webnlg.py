@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.job.task import WebNlg
 from pipeline.tasks.example import grouped
-from pipeline.tasks.open import has_split, read_examples
-from tests.tasks.reading import pairs, refused, stub_hub
+from pipeline.tasks.open import has_split
+from tests.tasks.reading import pairs, read_examples, refused, stub_hub
 
 # Gardent et al. 2017 (INLG), table 1, and the released files: all texts; those that the annotators marked good.
 TEXTS = {"train": (18_102, 18_025), "valid": (2_268, 2_258), "test": (4_928, 4_928)}

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from pipeline.job.task import WikiSql
-from pipeline.tasks.open import read_examples, separator_text
-from tests.tasks.reading import pairs, refused, stub_hub
+from pipeline.tasks.open import separator_text
+from tests.tasks.reading import pairs, read_examples, refused, stub_hub
 
 TABLE = {
     "id": "1-7-1",

@@ -7,10 +7,9 @@ import pytest
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Train
 from pipeline.tasks.order import Stream
-from pipeline.tasks.sequences import Listed
 from pipeline.train.loop import Course
 from pipeline.weights.state import Progress
-from tests.tasks.making import learnt_from
+from tests.tasks.making import Listed, learnt_from
 
 
 def course(examples, batch=8, start=(0, 0), **train):
