@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.section import Section
-from pipeline.job.spec import Base, Evaluate, Lora, Memory, Train
+from pipeline.job.spec import Base, Evaluate, Memory, Train
 from pipeline.job.task import E2E, Classification, Conversations, Dart, Glue, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 
 TARGET = Path(__file__).parent / "jobs.md"
 SECTIONS: list[tuple[str, type[Section]]] = [
     ("[base]", Base),
     ('[[methods]] kind = "lora"', Lora),
+    ('[[methods]] kind = "full"', Full),
+    ('[[methods]] kind = "full_top"', FullTop),
+    ('[[methods]] kind = "bitfit"', BitFit),
+    ('[[methods]] kind = "prefix_embed"', PrefixEmbed),
+    ('[[methods]] kind = "prefix_layer"', PrefixLayer),
+    ('[[methods]] kind = "adapter"', Adapter),
     ('[task] kind = "e2e"', E2E),
     ('[task] kind = "webnlg"', WebNlg),
     ('[task] kind = "dart"', Dart),
@@ -32,8 +39,8 @@ SECTIONS: list[tuple[str, type[Section]]] = [
 ]
 HEAD = """# Jobs
 
-A job is one TOML file. `base.model`, one method and a task are enough; every other key has a default. Unknown keys are refused.
-Paths are relative to the folder the command runs in. `zlora check JOB` prints a job with everything filled in;
+A job is one TOML file. `base.model`, a method and a task are enough; every other key has a default. Unknown keys are refused. Several
+methods make a combination. Paths are relative to the folder the command runs in. `zlora check JOB` prints a job with everything filled in;
 `--set train.steps=20` changes a key for one run (`--set methods.0.rank=16` for a method).
 
 `extends = "other.toml"` as a file's first line lays it over another, named from its own folder: a section's keys are laid over one by

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO, memory_config
-from pipeline.job.spec import Base, Evaluate, Job, Lora, Memory, Train
+from pipeline.job.method import Method
+from pipeline.job.spec import Base, Evaluate, Job, Memory, Train
 from pipeline.job.task import Mix, SingleTask, Task
 from pipeline.job.toml import EITHER, read_toml
 from pipeline.job.zero import deepspeed_config
@@ -31,14 +32,17 @@ else:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "base": Base,
-    "methods": Lora,
     "train": Train,
     "evaluate": Evaluate,
     "memory": Memory,
 }
-_TASKS: dict[str, type[BaseModel]] = {
-    kind: section for section in get_args(get_args(Task)[0]) for kind in get_args(section.model_fields["kind"].annotation)
-}
+
+
+def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
+    return {kind: section for section in get_args(get_args(union)[0]) for kind in get_args(section.model_fields["kind"].annotation)}
+
+
+_TASKS, _METHODS = _by_kind(Task), _by_kind(Method)
 
 
 def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
@@ -158,7 +162,8 @@ def _explain(error: ValidationError, asked: dict[str, Any]) -> str:
             kind = json.dumps(problem["input"]["kind"], default=str)
             return f"{where}.kind = {kind}: not a known kind. Use one of {problem['ctx']['expected_tags']}."
         case "union_tag_not_found":
-            return f"{where}.kind: missing. Add it, one of {', '.join(map(repr, _TASKS))}."
+            kinds = _METHODS if path[0] == "methods" else _TASKS
+            return f"{where}.kind: missing. Add it, one of {', '.join(map(repr, kinds))}."
         case "model_type" | "model_attributes_type":
             heading = "[[methods]]" if path[0] == "methods" else f"[{where}]"
             return (
@@ -201,6 +206,8 @@ def _plain_path(location: tuple[str | int, ...], asked: dict[str, Any]) -> list[
 def _known_keys(path: list[str], asked: dict[str, Any]) -> list[str]:
     if len(path) == 1:
         return sorted(Job.model_fields)
+    if path[0] == "methods":
+        return sorted(_METHODS[asked["methods"][int(path[1])]["kind"]].model_fields)
     if path[0] != "task":
         return sorted(_SECTIONS[path[0]].model_fields)
     task = asked["task"]
@@ -225,15 +232,27 @@ def _resolve(job: Job, path: Path) -> Job:
         task = task.model_copy(update={"sources": sources})
     else:
         task = _located(task, path, "task")
+    methods = tuple(_begun(method, path, place) for place, method in enumerate(job.methods))
     if job.memory.config == AUTO:
-        return job.model_copy(update={"base": base, "task": task})
+        return job.model_copy(update={"base": base, "task": task, "methods": methods})
     try:
         config = memory_config(job.memory.config)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
     deepspeed_config(config)
     memory = job.memory.model_copy(update={"config": str(config)})
-    return job.model_copy(update={"base": base, "task": task, "memory": memory})
+    return job.model_copy(update={"base": base, "task": task, "memory": memory, "methods": methods})
+
+
+def _begun(method: Method, path: Path, place: int) -> Method:
+    if method.start is None:
+        return method
+    if not Path(method.start).is_dir():
+        raise JobError(
+            f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Name a delta, or '
+            "the run that has it; the path is relative to the folder you run the command in."
+        )
+    return method.model_copy(update={"start": str(Path(method.start).resolve())})
 
 
 def _located(task: SingleTask, path: Path, section: str) -> SingleTask:

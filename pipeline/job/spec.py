@@ -5,12 +5,12 @@ In: the names of metrics, the standard library and pydantic. Out: `Job` and its 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.job.labels import labels_of
+from pipeline.job.method import Method, refuse_together
 from pipeline.job.metrics import Script, unknown_metric, unknown_script
 from pipeline.job.section import Section, Seed, Split, Text
 from pipeline.job.task import Mix, Task
@@ -27,42 +27,6 @@ class Base(Section):
     """Branch, tag or commit on the hub, its default branch when absent. A folder has none: there this is not looked at."""
     dtype: Dtype = "bf16"
     """Of the base and of compute. The delta's master weights are always fp32."""
-
-
-class Lora(Section):
-    """Low-rank adaptation, W + (alpha / rank) B A (Hu et al. 2021, section 4)."""
-
-    kind: Literal["lora"]
-    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("q", "v")
-    """Roles (q k v o mlp_in mlp_out ...) or module paths such as "attn.c_proj"."""
-    rank: PositiveInt | dict[str, PositiveInt] = 8
-    """Rows of A, for all targets or for each: { q = 4, v = 8 }."""
-    alpha: PositiveFloat | dict[str, PositiveFloat] = 16.0
-    """The update is scaled by alpha / rank; for all targets or for each."""
-    scaling: Literal["rank", "sqrt_rank"] = "rank"
-    """sqrt_rank: by alpha / sqrt(rank) instead, rank-stabilised (Kalajdzievski 2023)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """On the input of A only. Keyed by example, so it does not depend on ranks or packing."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Of A. B starts at zero. The authors' code and PEFT draw Kaiming-uniform; the paper's text says Gaussian."""
-
-    @model_validator(mode="after")
-    def _for_each_target(self) -> Lora:
-        for key in ("rank", "alpha"):
-            given = getattr(self, key)
-            if isinstance(given, dict) and set(given) != set(self.targets):
-                raise ValueError(
-                    f"{key} is given for {', '.join(given)}, but the targets are {', '.join(self.targets)}. Name each of them once."
-                )
-        return self
-
-    def rank_of(self, target: str) -> int:
-        return self.rank[target] if isinstance(self.rank, dict) else self.rank
-
-    def scale_of(self, target: str) -> float:
-        """What B A is multiplied by."""
-        alpha, rank = self.alpha[target] if isinstance(self.alpha, dict) else self.alpha, self.rank_of(target)
-        return alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
 
 
 class Train(Section):
@@ -187,11 +151,16 @@ class Memory(Section):
 
 class Job(Section):
     base: Base
-    methods: Annotated[tuple[Lora, ...], Field(min_length=1, strict=False)]
+    methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
     task: Task
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     memory: Memory = Memory()
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Job:
+        refuse_together(self.methods)
+        return self
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Job:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Lora
+from pipeline.job.method import Lora
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora

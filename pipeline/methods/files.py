@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Base, Lora
+from pipeline.job.method import Lora
+from pipeline.job.spec import Base
 from pipeline.methods.attach import Delta
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
 from pipeline.weights.delta import Head, Manifest, Module, head_key, keys_of, read_delta, read_head, write_delta

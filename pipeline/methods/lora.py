@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Lora
+from pipeline.job.method import Lora
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.model.families import Family
 from pipeline.model.linear import FrozenLinear

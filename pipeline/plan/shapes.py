@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Lora
+from pipeline.job.method import Lora
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["new_gelu", "gated_silu"]

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.job.changes import Verdict, _flat, _verdict, changes, measured_otherwise, refuse_changes
 from pipeline.job.errors import JobError
+from pipeline.job.method import Method
 from pipeline.job.spec import Job
 from pipeline.job.task import Task
 
@@ -28,6 +29,8 @@ DELIBERATE = {
 }  # fmt: skip
 NEVER = {
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].scaling", "methods[0].init",
+    "methods[0].start", "methods[0].layers", "methods[0].prefix_tokens", "methods[0].infix_tokens", "methods[0].placement",
+    "methods[0].nonlinearity", "methods[0].train_layernorm", "methods[0].first_layer",
     "task.kind", "task.name", "task.form",
     "task.separator",
     "task.too_long", "task.texts", "task.empty_texts", "train.batch_examples", "train.max_tokens", "train.seed",
@@ -62,6 +65,9 @@ def test_every_key_has_the_verdict_it_was_given():
     )
     assert len(tasks) == len(get_args(get_args(Task)[0]))
     keys = {key for task in tasks for key in _flat("", job(task=task).model_dump(mode="json"))}
+    kinds = ("full", "full_top", "bitfit", "prefix_embed", "prefix_layer", "adapter")
+    assert 1 + len(kinds) == len(get_args(get_args(Method)[0]))
+    keys |= {key for kind in kinds for key in _flat("", job(methods=[{"kind": kind}]).model_dump(mode="json"))}
     assert keys == FREE | DELIBERATE | NEVER
     for verdict, group in ((Verdict.FREE, FREE), (Verdict.DELIBERATE, DELIBERATE), (Verdict.NEVER, NEVER)):
         assert {key for key in keys if _verdict(key) is verdict} == group

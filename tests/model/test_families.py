@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline.deltas.merge import merge
 from pipeline.evaluate.generate import generate
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Base, Decoding, Lora
+from pipeline.job.method import Lora
+from pipeline.job.spec import Base, Decoding
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
 from pipeline.methods.files import restore, store

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.job.errors import JobError
-from pipeline.job.spec import Lora
+from pipeline.job.method import Lora
 from pipeline.model.families import FAMILIES
 from pipeline.plan.shapes import adapt, read_shape
 
