@@ -21,7 +21,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.spec import Decoding, Dtype
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.files import refuse_other_base
-from pipeline.methods.stored import attach_stored
+from pipeline.methods.stored import attach_stored, methods_of
 from pipeline.model.build import TORCH_DTYPES, require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
@@ -30,6 +30,7 @@ from pipeline.model.load import load_base
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.prompts import Asked
+from pipeline.tasks.specials import Specials, specials_of
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.delta import MANIFEST, Manifest, read_delta
@@ -68,6 +69,8 @@ class Generator:
     separator: str
     tokens: Tokens
     encoder: Encoder
+    specials: Specials | None
+    """What stands around every prompt, by the delta's methods."""
     root: Causal
     engine: Engine
     decoding: Decoding
@@ -86,7 +89,7 @@ class Generator:
         """Raises:
         JobError: a prompt that leaves no room for an answer, by its line; a token that the model has not."""
         config = self.root.model.config
-        context, room = self.root.context, self.decoding.max_new_tokens
+        context, room = self.root.context - len(self.specials or ()), self.decoding.max_new_tokens
         found = []
         for one, ids in zip(asked, self.encoder.typed([one.prompt for one in asked]), strict=True):
             if max(ids) >= config.vocab_size:
@@ -102,7 +105,8 @@ class Generator:
                     everywhere=True,
                 )
             # As evaluation does: what fits stays whole, even where an answer of full length does not.
-            found.append(ids[-max(1, context - room) :] if len(ids) >= context else ids)
+            fitted = ids[-max(1, context - room) :] if len(ids) >= context else ids
+            found.append(self.specials.prompt(fitted) if self.specials else fitted)
         return found
 
 
@@ -148,7 +152,8 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     config, checkpoint = read_config(folder), open_checkpoint(folder)
     refuse_encoder(config, "generating")
     delta = _delta_folder(source.delta) if source.delta else None
-    manifest, pairs = read_delta(delta) if delta else (None, {})
+    stored = read_delta(delta) if delta else None
+    manifest = stored.manifest if stored else None
     if manifest and manifest.head:
         raise JobError(f"{delta}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
     separator = _separator(source.separator, manifest, delta)
@@ -163,13 +168,15 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     base = load_base(
         folder, config, torch_dtype, ranks.device, zero, progress=lambda names: ranks.watch.over(loading, screen.progress(loading, names))
     )
-    if manifest and delta:
+    if stored and delta:
         digest = [base_digest(digests.result()) if digests else ""]
         dist.broadcast_object_list(digest)
-        refuse_other_base(manifest, delta, digest[0])
-        attach_stored(base.model, manifest.modules, pairs, delta, ranks.device)
+        refuse_other_base(stored.manifest, delta, digest[0])
+        attach_stored(base, stored, delta, ranks.device)
     root = Causal(base.model, base.family)
-    return Generator(ranks, screen, source, dtype, manifest, separator, tokens, encoder, root, Engine(root, zero), decoding, too_long)
+    specials = specials_of(methods_of(stored.manifest, delta), config.vocab_size) if stored and delta else None
+    engine = Engine(root, zero)
+    return Generator(ranks, screen, source, dtype, manifest, separator, tokens, encoder, specials, root, engine, decoding, too_long)
 
 
 def _delta_folder(given: Path) -> Path:

@@ -140,7 +140,7 @@ def _best_is_whole(run: Path, result: dict[str, Any]) -> bool:
 def _delta_step(folder: Path) -> int | None:
     """None where there is no delta, or a damaged one: the state has what it takes to write it again."""
     try:
-        return read_delta(folder)[0].step
+        return read_delta(folder).manifest.step
     except JobError:
         return None
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pipeline.evaluate.score import EvaluationSet, Scores, score
 from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
+from pipeline.job.method import Lora
 from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
@@ -38,6 +39,7 @@ from pipeline.tasks.open import has_split, sources_of
 from pipeline.tasks.order import Stream
 from pipeline.tasks.prepare import encoder_of, source_of, split_store, stream_of
 from pipeline.tasks.sequences import Chosen, Joined, Sequences, fit
+from pipeline.tasks.specials import Specials, Surrounded, specials_of
 from pipeline.tasks.store import Store
 from pipeline.tasks.texts import wanted_texts
 from pipeline.tasks.tokens import Tokens
@@ -92,18 +94,29 @@ class Session:
 
     def training_set(self) -> TrainingSet:
         """The training split, as sequences that fit."""
-        limit = min(self.job.train.max_tokens or self.context, self.context)
+        limit = min(self.job.train.max_tokens or self.context, self._room)
         tasks = sources_of(self.job.task)
         stores = [self._store(task, "train", limit) for task in tasks]
         fitted = [fit(store, limit, task.too_long) for store, task in zip(stores, tasks, strict=True)]
         parts = [part for part, _ in fitted]
+        joined = parts[0] if len(parts) == 1 else Joined(parts)
         return TrainingSet(
-            parts[0] if len(parts) == 1 else Joined(parts),
+            Surrounded(joined, self.specials) if self.specials else joined,
             stream_of(tasks, parts, self.job.train.seed),
             tuple(file for store in stores for file in store.about.files),
             sum(over for _, over in fitted),
             tuple(reason for store in stores for reason in store.about.dropped),
         )
+
+    @property
+    def specials(self) -> Specials | None:
+        """What stands around every prompt, by the job's methods."""
+        return specials_of(self.job.methods, self.vocabulary)
+
+    @property
+    def _room(self) -> int:
+        """Positions for an example's own tokens."""
+        return self.context - len(self.specials or ())
 
     def _store(self, task: SingleTask, split: Split, limit: int) -> Store:
         """A split's tokens: from the cache, or made by one rank of each machine."""
@@ -119,17 +132,19 @@ class Session:
         return tuple(self._evaluation(task, split, mixed) for task in sources_of(self.job.task) if has_split(task, split))
 
     def _evaluation(self, task: SingleTask, split: Split, mixed: bool) -> EvaluationSet:
-        encoder, most = self.encoder(task, self.context), self.job.evaluate.max_prompts
-        store = self._store(task, split, self.context)
+        encoder, most = self.encoder(task, self._room), self.job.evaluate.max_prompts
+        store = self._store(task, split, self._room)
         texts = wanted_texts(source_of(task, split, encoder), encoder, most)
         whole = Chosen(store, np.asarray(texts.places or range(min(len(store), most or len(store)))))
-        fitted, too_long = fit(whole, self.context, task.too_long)
+        fitted, too_long = fit(whole, self._room, task.too_long)
         left = fitted.kept if isinstance(fitted, Chosen) and fitted is not whole else range(len(whole))
         prompts = grouped(texts.pairs[place] for place in left) if texts.pairs else []
         # A prompt never depends on its references.
-        room = max(1, self.context - self.job.evaluate.max_new_tokens)
-        ids = [tokens[-room:] if len(tokens) >= self.context else tokens for tokens in encoder.prompts([p.text for p in prompts])]
+        room = max(1, self._room - self.job.evaluate.max_new_tokens)
+        ids = [tokens[-room:] if len(tokens) >= self._room else tokens for tokens in encoder.prompts([p.text for p in prompts])]
         labelled = [texts.labelled[place] for place in left] if texts.labelled else []
+        if specials := self.specials:
+            fitted, ids = Surrounded(fitted, specials), [specials.prompt(tokens) for tokens in ids]
         title = titled(task) if mixed else ""
         dropped = store.about.dropped
         return EvaluationSet(title, scored_as(task), split, fitted, prompts, ids, labelled, labels_of(task), too_long, dropped)
@@ -151,7 +166,9 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     labels = labels_of(sources_of(job.task)[0])
     if labels == ():
         refuse_encoder(config, f'task.kind = "{job.task.kind}"')
-    refuse_roles(config, job.methods[0].targets)
+    for method in job.methods:
+        if isinstance(method, Lora):
+            refuse_roles(config, method.targets)
     if not family_of(config).encoder:
         tokens.require_end()
     choice = _chosen(job, folder, ranks) if job.memory.config == AUTO else None
@@ -167,7 +184,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
-    delta = attach(base.model, base.family, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout)
+    delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout)
     root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:

@@ -117,7 +117,7 @@ class Writer:
         return self._best.patience_is_over
 
     def _take(self, step: int, metrics: dict[str, float | None]) -> None:
-        self._best.take(step, metrics, self._stepper.capture_weights if self._board else dict)
+        self._best.take(step, metrics, self._stepper.capture_weights)
         if self._board and self._best.best and self._best.best.step == step:
             best, weights = self._best.best, self._best.weights
             self._saver.start(lambda: self._write_best(best, weights))
@@ -127,17 +127,19 @@ class Writer:
 
         A delta names its base by digest. While the base is still being hashed, the state alone is written.
         """
-        if self._board is None or self._state_step == progress.step:
+        if self._state_step == progress.step:
             return
-        watch, board, rate = self._session.ranks.watch, self._board, self._rate
-        watch.at("saving")
+        self._state_step = progress.step
+        board, rate = self._board, self._rate
+        self._session.ranks.watch.at("saving")
         start = time.perf_counter()
         self._saver.finish()
         waited_s = time.perf_counter() - start
         tensors, best, weights = self._stepper.capture(), self._best.best, self._best.weights
+        if board is None:
+            return
         kept = self._best.tensors()
         self._saver.start(lambda: self._write(progress, tensors | kept, rate, board, best, weights))
-        self._state_step = progress.step
         board.saved(progress.step, time.perf_counter() - start, waited_s)
 
     def settle(self) -> None:
@@ -154,8 +156,13 @@ class Writer:
             steps: that were taken.
         """
         # A large base on a slow disk may still be being hashed.
-        self._session.ranks.watch.at("writing the delta", patient=True)
-        first_rank_alone(self._session.ranks, "delta written", lambda: self._finish(steps))
+        ranks = self._session.ranks
+        ranks.watch.at("writing the delta", patient=True)
+        first_rank_alone(ranks, "base hashed", self._await_base)
+        if ranks.any(ranks.first and self._delta_step != steps)[0]:
+            weights = self._stepper.capture_weights()
+            first_rank_alone(ranks, "delta written", lambda: self._write_delta(steps, weights, self._digests()))
+        first_rank_alone(ranks, "best written", lambda: self._write_best(self._best.best, self._best.weights))
         if self._board is None:
             return {}
         job, board, best = self._session.job, self._board, self._best.best
@@ -168,15 +175,13 @@ class Writer:
         write_json(self._run / "result.json", result)
         return result
 
-    def _finish(self, steps: int) -> None:
+    def _await_base(self) -> None:
         self._saver.finish()
-        if (digests := self._session.digests) is None:
-            return
-        if self._delta_step != steps:
-            self._write_delta(steps, self._stepper.capture_weights(), digests.result())
-        if self._best.best:
-            digests.result()
-            self._write_best(self._best.best, self._best.weights)
+        self._digests()
+
+    def _digests(self) -> dict[str, str]:
+        assert self._session.digests is not None, "only the first rank writes"
+        return self._session.digests.result()
 
     def _write(
         self,
@@ -190,7 +195,7 @@ class Writer:
         session, job = self._session, self._session.job
         assert session.digests is not None, "only the first rank writes"
         self._check_base(0.0)
-        digests = session.digests.result() if session.digests.done() else None
+        digests = self._digests() if session.digests.done() else None
         board.sync()
         record = Record(
             progress=progress,
@@ -209,17 +214,16 @@ class Writer:
         if digests:
             values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
             self._write_delta(progress.step, values, digests)
-        if best:
-            self._write_best(best, weights)
+        self._write_best(best, weights)
 
     def _write_delta(self, step: int, values: dict[str, torch.Tensor], digests: dict[str, str]) -> None:
         self._store(self._run / "delta", step, values, digests, {})
         self._delta_step = step
 
-    def _write_best(self, best: Best, weights: dict[str, torch.Tensor]) -> None:
+    def _write_best(self, best: Best | None, weights: dict[str, torch.Tensor]) -> None:
         """Once the base is hashed, which a delta names; until then the state has it. Again in every sitting: it may be of another."""
         digests = self._session.digests
-        if best.step is None or best.step == self._best_step or digests is None or not digests.done():
+        if best is None or best.step is None or best.step == self._best_step or digests is None or not digests.done():
             return
         self._check_base(0.0)
         self._store(self._run / "best", best.step, weights, digests.result(), {SCORE: {"schema_version": 1, **_score(best)}})
@@ -228,8 +232,7 @@ class Writer:
     def _store(self, folder: Path, step: int, values: dict[str, torch.Tensor], digests: dict[str, str], beside: dict[str, Any]) -> None:
         session, job = self._session, self._session.job
         prompt = prompt_form(job.task, session.tokens.end_text)
-        tensors, method = session.base.tensors, job.methods[0]
-        store(session.delta, values, folder, method, job.base, digests, tensors, job_digest(job), step, prompt, beside)
+        store(session.delta, values, folder, job.base, digests, session.base, job_digest(job), step, prompt, beside)
 
     def _check_base(self, patience_s: float) -> None:
         """A base is hashed beside the first steps; one that is not the run's stops it before anything is saved."""

@@ -1,4 +1,5 @@
-"""Base + delta -> an ordinary checkpoint, file to file: W + (alpha / R) B A in fp32, rounded once (Hu et al. 2021, section 4.1).
+"""Base + delta -> an ordinary checkpoint, file to file: W + (alpha / R) B A in fp32, rounded once (Hu et al. 2021, section 4.1), and
+the base's own parameters where they were trained.
 
 Every file keeps its layout, header and dtype, so unadapted tensors are copied byte by byte and adapted ones rewritten in place,
 a run of rows at a time. The result appears under its name only when it is whole.
@@ -10,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import Head, Module, read_delta, read_head
+from pipeline.weights.delta import Head, Manifest, Module, StoredDelta, read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import INDEX_NAME
 from pipeline.weights.index import Checkpoint, Entry, header_of, open_checkpoint, read_header
@@ -40,12 +41,39 @@ class Addition:
     a: torch.Tensor
     b: torch.Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor it adds to."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.module.transposed else shape
+
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows of the update in the checkpoint's own orientation, fp32."""
         scale = self.module.alpha / self.module.rank
         if self.module.transposed:
             return (self.a[:, first:last].T @ self.b.T) * scale
         return (self.b[first:last] @ self.a) * scale
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor of the base: other values in its place, an addition, or both."""
+
+    replaced: torch.Tensor | None = None
+    added: Addition | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        found = self.replaced if self.replaced is not None else self.added
+        assert found is not None
+        return tuple(found.shape)
+
+    def rows(self, stored: torch.Tensor, first: int) -> torch.Tensor:
+        """Of the result, from rows of the base [N, ...] in fp32 or wider, the first of them `first`."""
+        last = first + len(stored)
+        if self.replaced is not None:
+            stored = self.replaced[first:last].to(stored.dtype).view_as(stored)
+        return stored if self.added is None else stored + self.added.rows(first, last)
 
 
 def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter) -> dict[str, Any]:
@@ -62,16 +90,17 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
     """
     refuse_filled(out)
     checkpoint = open_checkpoint(base)
-    manifest, pairs = read_delta(delta)
+    stored = read_delta(delta)
+    manifest, head = stored.manifest, stored.head
+    _refuse_unfolded(manifest, delta)
     digests = file_digests(checkpoint.files)
     if base_digest(digests) != manifest.base_digest:
         raise JobError(
             f"{base}: its digest is {base_digest(digests)[:12]}..., the delta was trained on {manifest.base_digest[:12]}... "
             f"({manifest.base}). Name the base that the delta was trained on."
         )
-    head = read_head(delta)
-    additions = {module.tensor: Addition(module, *pairs[module.name]) for module in manifest.modules}
-    _refuse_misfit(checkpoint, additions, delta)
+    changes = _changes(stored)
+    _refuse_misfit(checkpoint, changes, delta)
     errors: dict[str, float] = {}
     with new_folder(out) as partial, Reader() as reader:
         results = {}
@@ -79,7 +108,7 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
         for file in checkpoint.files:
             # The last file takes a head in; one that the base has gives way.
             extra = head if file == checkpoint.files[-1] else {}
-            results[file.name] = _merge_file(file, partial / file.name, tensors, additions, reader, errors, extra, set(head))
+            results[file.name] = _merge_file(file, partial / file.name, tensors, changes, reader, errors, extra, set(head))
         _copy_the_rest(base, partial)
         if manifest.head:
             replaced = sum(checkpoint.entries[name].bytes for name in head if name in checkpoint.entries)
@@ -99,7 +128,7 @@ def _merge_file(
     source: Path,
     target: Path,
     tensors: Iterator[Entry],
-    additions: dict[str, Addition],
+    changes: dict[str, Change],
     reader: Reader,
     errors: dict[str, float],
     extra: dict[str, torch.Tensor],
@@ -123,8 +152,8 @@ def _merge_file(
             entry = next(tensors)
             if entry.name in left_out:
                 continue
-            if addition := additions.get(entry.name):
-                errors[entry.name] = _merge_tensor(entry, addition, reader, write)
+            if change := changes.get(entry.name):
+                errors[entry.name] = _merge_tensor(entry, change, reader, write)
             else:
                 old.seek(entry.start)
                 _copy(old, entry.bytes, write)
@@ -171,9 +200,10 @@ def _announce(folder: Path, file: str, head: Head, more_bytes: int) -> None:
         write_json(folder / INDEX_NAME, index)
 
 
-def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Callable[[memoryview], None]) -> float:
-    """Writes the sum, a run of rows at a time. Returns the largest error of the one rounding."""
-    rows, columns = entry.shape
+def _merge_tensor(entry: Entry, change: Change, reader: Reader, write: Callable[[memoryview], None]) -> float:
+    """Writes the result, a run of rows at a time. Returns the largest error of the one rounding."""
+    rows = entry.shape[0]
+    columns = entry.numel // rows
     block = max(1, _BLOCK_ELEMENTS // columns)
     error = 0.0
     for first in range(0, rows, block):
@@ -182,7 +212,7 @@ def _merge_tensor(entry: Entry, addition: Addition, reader: Reader, write: Calla
         reader.read(entry, first * columns, stored)
         # In fp32, or in the base's own dtype where that is wider.
         wide = torch.promote_types(entry.dtype, torch.float32)
-        exact = stored.view(-1, columns).to(wide) + addition.rows(first, last)
+        exact = change.rows(stored.view(-1, columns).to(wide), first)
         rounded = exact.to(entry.dtype)
         if not rounded.isfinite().all():
             raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
@@ -208,13 +238,31 @@ def _copy_the_rest(base: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _refuse_misfit(checkpoint: Checkpoint, additions: dict[str, Addition], delta: Path) -> None:
-    for name, addition in additions.items():
+def _changes(stored: StoredDelta) -> dict[str, Change]:
+    """By the name of the tensor in the checkpoint."""
+    changes = {name: Change(stored.replaced[one.name]) for one in stored.manifest.replaced for name in one.tensors}
+    for module in stored.manifest.modules:
+        addition = Addition(module, *stored.pairs[module.name])
+        changes[module.tensor] = replace(changes.get(module.tensor, Change()), added=addition)
+    return changes
+
+
+def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
+    if not manifest.other:
+        return
+    kinds = [method["kind"] for method in manifest.methods if method["kind"] in ("adapter", "prefix_embed", "prefix_layer")]
+    raise JobError(
+        f"{delta}: was trained by {' and '.join(kinds)}, which puts into the model what no ordinary checkpoint has a place for. "
+        "Use it as it is (zlora generate --delta, zlora evaluate), or train by a method that merges: lora, full, full_top, bitfit."
+    )
+
+
+def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
+    for name, change in changes.items():
         entry = checkpoint.entries.get(name)
-        shape = (addition.b.shape[0], addition.a.shape[1])
-        expected = shape[::-1] if addition.module.transposed else shape
-        if entry is None or entry.shape != expected:
+        if entry is None or entry.shape != change.shape:
             found = "not there" if entry is None else f"of shape {list(entry.shape)}"
             raise JobError(
-                f'{delta}: adapts tensor "{name}" of shape {list(expected)}, which in {checkpoint.folder} is {found}. Name the right base.'
+                f'{delta}: adapts tensor "{name}" of shape {list(change.shape)}, which in {checkpoint.folder} is {found}. '
+                "Name the right base."
             )

@@ -163,6 +163,15 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_prompt(self) -> Job:
+        sources = self.task.sources if isinstance(self.task, Mix) else (self.task,)
+        for place, method in enumerate(self.methods):
+            infix = getattr(method, "infix_tokens", 0)
+            if infix and (kind := next((source.kind for source in sources if source.kind in ("chat", "text")), None)):
+                raise ValueError(f'methods[{place}].infix_tokens = {infix}: task.kind = "{kind}" has no one prompt to end. Set it to 0.')
+        return self
+
+    @model_validator(mode="after")
     def _of_one_kind(self) -> Job:
         if isinstance(self.task, Mix):
             if len({labels_of(source) for source in self.task.sources}) > 1:

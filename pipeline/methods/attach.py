@@ -8,60 +8,94 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from pipeline.job.errors import JobError
-from pipeline.job.method import Lora
+from pipeline.job.method import Adapter, Lora, Method, PrefixEmbed, PrefixLayer
+from pipeline.methods.adapter import Bottleneck, attach_adapters
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora
-from pipeline.model.families import Family
+from pipeline.methods.prefix import Prefix, attach_prefix
+from pipeline.methods.subset import BaseParameter, train_base
+from pipeline.model.load import LoadedBase
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The trained tensors: fp32, whole on every rank, equal on every rank, outside ZeRO's hands."""
+    """The trained tensors: fp32, outside ZeRO's hands, whole and equal on every rank but for matrices of a sharded base."""
 
+    methods: tuple[Method, ...]
     adapted: tuple[AdaptedLinear, ...]
+    """LoRA's."""
+    adapters: tuple[Bottleneck, ...]
+    prefix: Prefix | None
+    base: tuple[BaseParameter, ...]
+    """The base's own parameters that are trained."""
     head: TaskHead | None
     """Where the task has labels."""
     clock: DropoutClock
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Name -> trained tensor, in model order."""
-        pairs = {
+        """Name -> trained tensor that is whole on every rank, in model order."""
+        found = {
             f"{branch.name}.{key}": tensor
             for adapted in self.adapted
             for branch in adapted.branches
             for key, tensor in (("a", branch.a), ("b", branch.b))
         }
-        return pairs | (self.head.tensors if self.head else {})
+        for adapter in self.adapters:
+            found |= adapter.tensors()
+        if self.prefix:
+            found |= self.prefix.rows
+        found |= {one.name: one.master for one in self.base if not one.sharded}
+        return found | (self.head.tensors if self.head else {})
+
+    def shards(self) -> dict[str, BaseParameter]:
+        """Name -> trained matrix of a sharded base, of which every rank has its run."""
+        return {one.name: one for one in self.base if one.sharded}
+
+    def publish(self) -> None:
+        """Makes the model compute with the trained values of its own parameters, once they have changed."""
+        for one in self.base:
+            one.publish()
 
     @property
     def parameters(self) -> int:
         """Trained elements."""
-        return sum(tensor.numel() for tensor in self.tensors().values())
+        whole = sum(tensor.numel() for tensor in self.tensors().values())
+        return whole + sum(torch.Size(one.shape).numel() for one in self.shards().values())
 
 
 def attach(
-    model: PreTrainedModel,
-    family: Family,
-    methods: tuple[Lora, ...],
+    base: LoadedBase,
+    methods: tuple[Method, ...],
     seed: int,
     device: torch.device,
     labels: tuple[str, ...] | None = (),
     head_dropout: float = 0.0,
+    train: bool = True,
 ) -> Delta:
-    """Puts the job's methods onto the model.
+    """Puts the job's methods onto the base.
 
     Args:
         labels: of the classes that a head tells apart; None: it puts out a number. Without any there is no head.
+        train: the methods' share of the base's own parameters too.
 
     Raises:
-        JobError: a target that is not there, or two methods of one kind.
+        JobError: a target, a place or a layer that is not there.
     """
-    if len(methods) > 1:
-        raise JobError(f"methods: lora is listed {len(methods)} times. List it once, with all its targets.")
-    clock = DropoutClock(seed)
+    model, family, clock = base.model, base.family, DropoutClock(seed)
     head = None if labels == () else draw_head(model.config, family.head, labels, seed, head_dropout, clock, device)
-    return Delta(tuple(attach_lora(model, family, methods[0], clock, seed, device)), head, clock)
+    adapted: list[AdaptedLinear] = []
+    adapters: list[Bottleneck] = []
+    prefix = None
+    # An adapter reads what a linear map puts out with LoRA's share.
+    for place, method in sorted(enumerate(methods), key=lambda item: isinstance(item[1], Adapter)):
+        match method:
+            case Lora():
+                adapted = attach_lora(model, family, method, place, clock, seed, device)
+            case Adapter():
+                adapters = attach_adapters(model, family, method, place, seed, device)
+            case PrefixEmbed() | PrefixLayer():
+                prefix = attach_prefix(model, family, method, seed, device)
+    trained = train_base(base, methods, device) if train else ()
+    return Delta(methods, tuple(adapted), tuple(adapters), prefix, trained, head, clock)

@@ -1,7 +1,8 @@
-"""A `Delta` in memory <-> the delta folder: to PEFT's form and back."""
+"""A `Delta` in memory <-> the delta folder: LoRA and heads in PEFT's form, the rest by name; and back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ from pipeline.job.method import Lora
 from pipeline.job.spec import Base
 from pipeline.methods.attach import Delta
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
-from pipeline.weights.delta import Head, Manifest, Module, head_key, keys_of, read_delta, read_head, write_delta
+from pipeline.model.load import LoadedBase
+from pipeline.model.zero3 import run_of
+from pipeline.weights.delta import Head, Manifest, Module, Replaced, StoredDelta, head_key, keys_of, read_delta, write_delta
 from pipeline.weights.digest import base_digest
-from pipeline.weights.index import Entry
 
 
 def store(
     delta: Delta,
     values: dict[str, torch.Tensor],
     folder: Path,
-    method: Lora,
     base: Base,
     base_files: dict[str, str],
-    tensors: dict[str, Entry],
+    loaded: LoadedBase,
     job_digest: str,
     step: int,
     prompt: tuple[str | None, bool],
@@ -33,9 +34,8 @@ def store(
     """Writes the delta.
 
     Args:
-        values: of the trained tensors, by name, in main memory: as they were at `step`, while training goes on.
+        values: of the trained tensors, by name and whole, in main memory: as they were at `step`, while training goes on.
         base_files: sha256 of each of the base's weight files.
-        tensors: parameter name -> checkpoint entry, from loading the base.
         prompt: text between prompt and completion, if it is always the same, and whether the base's chat template was used.
         beside: more JSON files of the folder, by name.
     """
@@ -46,10 +46,12 @@ def store(
         stored[a_key], stored[b_key] = pair.a.contiguous(), pair.b.contiguous()
     head = tuple(delta.head.tensors) if delta.head else ()
     stored |= {head_key(name): values[name].contiguous() for name in head}
+    other = tuple(_other(delta))
+    stored |= {name: values[name].contiguous() for name in (*(one.name for one in delta.base), *other)}
     modules = tuple(
         Module(
             name=adapted.module,
-            tensor=tensors[f"{adapted.module}.weight"].name,
+            tensor=loaded.tensors[f"{adapted.module}.weight"].name,
             transposed=adapted.linear.transposed,
             rank=pairs[adapted.module].rank,
             alpha=pairs[adapted.module].alpha,
@@ -68,36 +70,84 @@ def store(
         "separator": prompt[0],
         "chat": prompt[1],
         "dtype": base.dtype,
+        "methods": tuple(method.model_dump(mode="json", exclude={"start"}) for method in delta.methods),
+        "replaced": tuple(Replaced(one.name, loaded.stored_names(one.name)) for one in delta.base),
+        "other": other,
     }
-    write_delta(folder, stored, _peft_config(delta, pairs, method, base.model), manifest, beside)
+    only_lora = delta.adapted and not delta.base and not other
+    write_delta(folder, stored, _peft_config(delta, pairs, base.model) if only_lora else None, manifest, beside)
 
 
-def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
-    """Copies a stored delta into the attached branches.
+def restore(
+    delta: Delta, folder: Path, digest: str, repair: str = "Use the job.toml of the run it came from.", head: bool = True
+) -> Manifest:
+    """Copies a stored delta into the attached methods.
 
     Args:
         digest: of the base that was loaded.
+        repair: the end of what is said where it does not fit.
+        head: of the task's head too. Without: it stays as it was drawn.
 
     Raises:
-        JobError: trained on another base, or by a job with other targets or rank.
+        JobError: trained on another base, or by a job with other methods.
     """
-    manifest, pairs = read_delta(folder)
-    refuse_other_base(manifest, folder, digest)
-    if set(pairs) != {adapted.module for adapted in delta.adapted}:
-        raise JobError(f"{folder}: adapts other modules than the job's methods do. Use the job.toml of the run it came from.")
+    stored = read_delta(folder)
+    refuse_other_base(stored.manifest, folder, digest)
+    if set(stored.pairs) != {adapted.module for adapted in delta.adapted}:
+        raise JobError(f"{folder}: LoRA adapts other modules in it than the job's does. {repair}")
     for adapted in delta.adapted:
         try:
-            from_peft(adapted, *pairs[adapted.module])
+            from_peft(adapted, *stored.pairs[adapted.module])
         except ValueError as error:
-            raise JobError(f"{folder}: {error}. Use the job.toml of the run it came from.") from None
-    head = read_head(folder)
-    own = delta.head.tensors if delta.head else {}
-    if {name: tensor.shape for name, tensor in head.items()} != {name: tensor.shape for name, tensor in own.items()}:
-        raise JobError(f"{folder}: its head is not that of the job's task. Use the job.toml of the run it came from.")
+            raise JobError(f"{folder}: {error}. {repair}") from None
+    restore_others(delta, stored, folder, repair)
+    _restore_base(delta, stored, folder, repair)
+    if head:
+        _copy(delta.head.tensors if delta.head else {}, stored.head, lambda: f"{folder}: its head is not that of the job's task. {repair}")
+    return stored.manifest
+
+
+def restore_others(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+    """Copies adapters and special tokens.
+
+    Raises:
+        JobError: it has others.
+    """
+    _copy(_other(delta), stored.other, lambda: _unlike(folder, repair))
+
+
+def _restore_base(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+    if {one.name: tuple(one.shape) for one in delta.base} != {name: tuple(tensor.shape) for name, tensor in stored.replaced.items()}:
+        raise JobError(_unlike(folder, repair))
+    for one in delta.base:
+        values = stored.replaced[one.name]
+        with torch.no_grad():
+            if not one.sharded:
+                one.master.copy_(values)
+                continue
+            first, held = run_of(one.parameter)
+            one.master[:held].copy_(values.reshape(-1)[first : first + held])
+    delta.publish()
+
+
+def _unlike(folder: Path, repair: str) -> str:
+    return f"{folder}: was trained by other methods, or with other settings. {repair}"
+
+
+def _copy(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], unlike: Callable[[], str]) -> None:
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise JobError(unlike())
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(head[name])
-    return manifest
+            tensor.copy_(stored[name])
+
+
+def _other(delta: Delta) -> dict[str, torch.Tensor]:
+    """Tensors that are neither LoRA's, nor the base's, nor a head's."""
+    found: dict[str, torch.Tensor] = dict(delta.prefix.rows) if delta.prefix else {}
+    for adapter in delta.adapters:
+        found |= adapter.tensors()
+    return found
 
 
 def refuse_other_base(manifest: Manifest, folder: Path, digest: str) -> None:
@@ -110,11 +160,12 @@ def refuse_other_base(manifest: Manifest, folder: Path, digest: str) -> None:
         )
 
 
-def _peft_config(delta: Delta, pairs: dict[str, PeftPair], method: Lora, base: str) -> dict[str, Any]:
+def _peft_config(delta: Delta, pairs: dict[str, PeftPair], base: str) -> dict[str, Any]:
     """LoraConfig as PEFT 0.10 and later read it."""
     ranks = {name: pair.rank for name, pair in pairs.items()}
     alphas = {name: pair.alpha for name, pair in pairs.items()}
     first = next(iter(pairs.values()))
+    (method,) = (method for method in delta.methods if isinstance(method, Lora))
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if delta.head else "CAUSAL_LM",

@@ -7,7 +7,6 @@ Shapes: E examples, D width, C classes (1 for a number).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from pipeline.job.errors import JobError
+from pipeline.methods.draw import generator_of
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.model.families import HeadForm
 from pipeline.tasks.batch import MicroBatch
@@ -106,7 +106,5 @@ def draw_head(
 
 
 def _drawn(name: str, shape: tuple[int, int], config: PretrainedConfig, seed: int) -> torch.Tensor:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     deviation = getattr(config, "initializer_range", _STANDARD_DEVIATION)
-    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator_of(seed, name))

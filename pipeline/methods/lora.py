@@ -9,7 +9,6 @@ Shapes: x [..., K], A [R, K], B [P, R] with P the role's output rows, output [..
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Lora
+from pipeline.methods.draw import generator_of
 from pipeline.methods.dropout import DropoutClock, keyed_dropout
 from pipeline.model.families import Family
-from pipeline.model.linear import FrozenLinear
+from pipeline.model.linear import BaseLinear
 
 
 @dataclass(frozen=True)
@@ -84,29 +84,32 @@ class AdaptedLinear:
     """The branches of one linear map, in the order of their rows."""
 
     module: str
-    linear: FrozenLinear
+    linear: BaseLinear
     branches: tuple[LoraBranch, ...]
 
 
 def attach_lora(
-    model: PreTrainedModel, family: Family, method: Lora, clock: DropoutClock, seed: int, device: torch.device
+    model: PreTrainedModel, family: Family, method: Lora, number: int, clock: DropoutClock, seed: int, device: torch.device
 ) -> list[AdaptedLinear]:
     """Puts a branch on every target of every layer. A is drawn from (seed, name), so every rank draws the same.
+
+    Args:
+        number: of the method in the job, for messages.
 
     Raises:
         JobError: a target that the model does not have, with those that it has; a rank above that of the map it adapts.
     """
     adapted = []
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and name.startswith(f"{family.layers}.")
+        name: module for name, module in model.named_modules() if isinstance(module, BaseLinear) and name.startswith(f"{family.layers}.")
     }
     heads = model.config.num_attention_heads
-    for place, (name, runs) in enumerate(_targets(linears, family, method.targets, heads).items()):
+    for place, (name, runs) in enumerate(_targets(linears, family, method.targets, number, heads).items()):
         linear, branches = linears[name], []
         for target, rows in sorted(runs, key=lambda run: run[1].first):
             rank = method.rank_of(target)
             if rank > (largest := min(linear.in_features, rows.count * rows.groups)):
-                raise JobError(f"methods[0].rank = {rank}: {name} has room for {largest} at most. Use a smaller rank.")
+                raise JobError(f"methods[{number}].rank = {rank}: {name} has room for {largest} at most. Use a smaller rank.")
             branches.append(
                 LoraBranch(
                     name=f"{name}.{rows.first}",
@@ -162,7 +165,9 @@ def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
             column += rank
 
 
-def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[str, ...], heads: int) -> dict[str, list[tuple[str, Rows]]]:
+def _targets(
+    linears: dict[str, BaseLinear], family: Family, targets: tuple[str, ...], number: int, heads: int
+) -> dict[str, list[tuple[str, Rows]]]:
     """Module name -> targets and the rows that they mean, modules in model order."""
     chosen: dict[str, list[tuple[str, Rows]]] = {}
     depth = family.layers.count(".") + 2
@@ -174,7 +179,7 @@ def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[st
         if not names:
             paths = sorted({name.split(".", depth)[-1] for name in linears})
             raise JobError(
-                f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(family.roles)}; '
+                f'methods[{number}].targets: "{target}" is not a target of this base. It has {", ".join(family.roles)}; '
                 f"or name a module: {', '.join(paths)}."
             )
         for name in names:
@@ -182,15 +187,16 @@ def _targets(linears: dict[str, FrozenLinear], family: Family, targets: tuple[st
             count = linears[name].out_features // groups // (role.parts if role else 1)
             rows = Rows(count * role.part if role else 0, count, groups)
             if any(rows.overlaps(other) for _, other in chosen.get(name, [])):
-                raise JobError(f'methods[0].targets: "{target}" names rows of {name} that another target names too. Keep one of them.')
+                raise JobError(
+                    f'methods[{number}].targets: "{target}" names rows of {name} that another target names too. Keep one of them.'
+                )
             chosen.setdefault(name, []).append((target, rows))
     return {name: chosen[name] for name in linears if name in chosen}
 
 
 def _draw(init: str, rank: int, name: str, columns: int, seed: int) -> torch.Tensor:
     """A [R, K]. Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(K); the Gaussian option has that variance."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_of(seed, name)
     a = torch.empty(rank, columns)
     if init == "gaussian":
         return a.normal_(0.0, 1.0 / math.sqrt(3 * columns), generator=generator)

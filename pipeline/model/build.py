@@ -13,7 +13,7 @@ from pipeline.model import attention
 from pipeline.model.config import first_line
 from pipeline.model.families import Family
 from pipeline.model.head import Head
-from pipeline.model.linear import freeze_linears
+from pipeline.model.linear import replace_linears
 from pipeline.model.pooler import Pooler
 from pipeline.model.unknown import family_of
 
@@ -50,7 +50,7 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
             model.set_submodule(path, Pooler(model.get_submodule(path)))
     elif not family.own_logits:
         model.lm_head = Head(model.lm_head, getattr(config, "final_logit_softcapping", None))
-    freeze_linears(model)
+    replace_linears(model)
     model.requires_grad_(False)
     return model, family
 

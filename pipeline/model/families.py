@@ -65,6 +65,8 @@ class Family:
     """Paths of those outside the layers."""
     dropouts: tuple[str, ...]
     """Config keys of the base's own dropout probabilities."""
+    post_norm: str | None = None
+    """Of models that norm the sum of MLP and residual: the path of that norm inside a layer."""
     ignored: tuple[str, ...] = ()
     """Patterns of checkpoint tensors that are no weights of this model: constants, and heads for other tasks."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -86,6 +88,11 @@ class Family:
     def first_position(self, config: PretrainedConfig) -> int:
         """What the model calls a text's first position."""
         return config.pad_token_id + 1 if self.positions_after_padding else 0
+
+    def norm_behind_mlp(self, config: PretrainedConfig) -> str | None:
+        """Path inside a layer of the norm of the sum of MLP and residual, in models that have it there."""
+        # Most OPTs norm before.
+        return None if getattr(config, "do_layer_norm_before", False) else self.post_norm
 
     def context(self, config: PretrainedConfig) -> int:
         """Positions that a text may have."""
@@ -142,6 +149,7 @@ _OPT = Family(
     norms=("self_attn_layer_norm", "final_layer_norm"),
     outer_norms=("model.decoder.final_layer_norm",),
     dropouts=("dropout", "attention_dropout"),
+    post_norm="final_layer_norm",
     off=("layerdrop",),
 )
 _GPT_NEOX = Family(
@@ -175,6 +183,7 @@ _BERT = Family(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     outer_norms=("bert.embeddings.LayerNorm",),
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    post_norm="output.LayerNorm",
     ignored=("*embeddings.position_ids", "cls.*", "classifier.*"),
     renamed=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     encoder=True,
@@ -188,6 +197,7 @@ _ROBERTA = Family(
     norms=_BERT.norms,
     outer_norms=("roberta.embeddings.LayerNorm",),
     dropouts=_BERT.dropouts,
+    post_norm=_BERT.post_norm,
     # Its heads do not read through the pooler that some checkpoints have.
     ignored=("*embeddings.position_ids", "lm_head.*", "classifier.*", "*pooler.dense.*"),
     renamed=_BERT.renamed,
@@ -207,6 +217,7 @@ _DEBERTA_V2 = Family(
     norms=_BERT.norms,
     outer_norms=("deberta.embeddings.LayerNorm", "deberta.encoder.LayerNorm", "deberta.encoder.conv.LayerNorm"),
     dropouts=_BERT.dropouts,
+    post_norm=_BERT.post_norm,
     ignored=("*embeddings.position*", "cls.*", "lm_predictions.*", "mask_predictions.*", "classifier.*", "pooler.*"),
     renamed=_BERT.renamed,
     encoder=True,

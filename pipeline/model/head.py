@@ -1,7 +1,7 @@
 """The vocabulary projection and its loss, computed only where there is a label, with no logits kept for the backward pass.
 
-The head is frozen, so the gradient with respect to the hidden states is known in the forward pass: it is computed there, in
-runs of rows, and the backward pass only scales it. Under ZeRO-3 that also spares a second gather of the vocabulary matrix.
+The loss is the graph's end, so its gradient is known in the forward pass but for a factor: it is computed there, in runs of
+rows, and the backward pass only scales it. Under ZeRO-3 that also spares a second gather of the vocabulary matrix.
 
 Loss per token: (1 - e) (-log p_y) + e mean_v(-log p_v), e the label smoothing, as in the LoRA paper's code.
 Shapes: hidden [M, D], labels [M], weight [V, D].
@@ -9,13 +9,26 @@ Shapes: hidden [M, D], labels [M], weight [V, D].
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-HeadLoss: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Sum of the smoothed loss, sum of the plain loss, gradient of the first with respect to the hidden states [M, D] if wanted."""
+
+class HeadLoss(NamedTuple):
+    loss: torch.Tensor
+    """Sum of the smoothed loss."""
+    nll: torch.Tensor
+    """Sum of the plain loss."""
+    hidden: torch.Tensor | None
+    """Gradient of the first with respect to the hidden states [M, D], if wanted."""
+    weight: torch.Tensor | None
+    """The same for the weight [V, D], fp32, where it is trained."""
+
+
+Collect = Callable[[torch.Tensor], None]
+"""Takes a gradient of the whole tensor in."""
 _CHUNK_LOGITS = 1 << 25
 """Elements of the logits held at a time: 128 MiB in fp32."""
 
@@ -30,6 +43,8 @@ class Head(nn.Module):
     def __init__(self, original: nn.Linear, softcap: float | None = None) -> None:
         super().__init__()
         self.softcap = softcap
+        self.collect: Collect | None = None
+        """Where the weight is trained: who takes its gradient."""
         self.weight = original.weight
         self.bias = original.bias
 
@@ -40,7 +55,7 @@ class Head(nn.Module):
         if labels is None:
             logits = nn.functional.linear(x, self.weight, self.bias)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        return _loss(x, labels, self.weight, self.bias, self.softcap, smoothing, with_gradient)
+        return _loss(x, labels, self.weight, self.bias, self.softcap, smoothing, with_gradient, self.collect is not None)
 
 
 @torch.no_grad()
@@ -52,12 +67,14 @@ def _loss(
     softcap: float | None,
     smoothing: float,
     with_gradient: bool,
+    with_weight: bool,
 ) -> HeadLoss:
     vocabulary = weight.shape[0]
     rows = max(1, _CHUNK_LOGITS // vocabulary)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     nll = torch.zeros_like(loss)
     gradient = torch.empty_like(hidden) if with_gradient else None
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and with_weight else None
     for first in range(0, len(labels), rows):
         part, label = hidden[first : first + rows], labels[first : first + rows, None]
         logits = nn.functional.linear(part, weight, bias).float()
@@ -77,23 +94,31 @@ def _loss(
             slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
             if bent is not None:
                 slope *= 1.0 - bent.square()
-            gradient[first : first + rows] = slope.to(part.dtype) @ weight
-    return loss, nll, gradient
+            slope = slope.to(part.dtype)
+            gradient[first : first + rows] = slope @ weight
+            if of_weight is not None:
+                of_weight += slope.t() @ part
+    return HeadLoss(loss, nll, gradient, of_weight)
 
 
 class _Attach(torch.autograd.Function):
-    """Gives a computed loss the gradient that is already known."""
+    """Gives a computed loss the gradients that are already known."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return loss.clone()
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden: torch.Tensor, computed: HeadLoss, collect: Collect | None
+    ) -> torch.Tensor:
+        ctx.computed, ctx.collect = computed, collect  # type: ignore[attr-defined]
+        return computed.loss.clone()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        computed: HeadLoss = ctx.computed  # type: ignore[attr-defined]
+        if computed.weight is not None:
+            ctx.collect(computed.weight.mul_(grads[0]))  # type: ignore[attr-defined]
+        assert computed.hidden is not None
         # In fp32: the factor (loss scale over target tokens) must not be rounded to the gradient's dtype by itself.
-        return (gradient.float() * grads[0]).to(gradient.dtype), None, None
+        return (computed.hidden.float() * grads[0]).to(computed.hidden.dtype), None, None
 
 
 def head_loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,5 +127,5 @@ def head_loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor, smoothing:
     The head itself stands outside the graph, so ZeRO-3 hangs no backward hook on it and does not gather it again.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
-    loss, nll, gradient = head(hidden.detach(), labels, smoothing, wanted)
-    return (_Attach.apply(hidden, loss, gradient) if wanted else loss), nll
+    computed = head(hidden.detach(), labels, smoothing, wanted)
+    return (_Attach.apply(hidden, computed, head.collect) if wanted else computed.loss), computed.nll

@@ -1,4 +1,4 @@
-"""A frozen linear map that owns its trained branches: one module, one ZeRO-3 hook.
+"""A linear map of the base that owns its trained branches: one module, one ZeRO-3 hook. Its own weight is frozen unless a method trains it.
 
 torch's own linear keeps `weight.t()` for the backward pass, a view that pins a gathered ZeRO-3 weight between forward and
 backward. This one keeps the parameter object only, whose data the pre-backward hook gathers again.
@@ -23,7 +23,7 @@ class Branch(Protocol):
         ...
 
 
-class _FrozenLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """x [N, K] -> [N, D]."""
 
     @staticmethod
@@ -32,18 +32,26 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         # Not save_for_backward: it would keep the gathered data alive.
         ctx.weight, ctx.transposed = weight, transposed  # type: ignore[attr-defined]
+        if weight.requires_grad:
+            ctx.save_for_backward(x)
         matrix = weight if transposed else weight.t()
         return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            return None, None, None, None
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+        gradient, (for_x, for_weight, for_bias, _) = grads[0], ctx.needs_input_grad  # type: ignore[attr-defined]
         weight, transposed = ctx.weight, ctx.transposed  # type: ignore[attr-defined]
-        return grads[0] @ (weight.t() if transposed else weight), None, None, None
+        of_x = gradient @ (weight.t() if transposed else weight) if for_x else None
+        of_weight = None
+        if for_weight:
+            (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+            of_weight = x.t() @ gradient if transposed else gradient.t() @ x
+        return of_x, of_weight, gradient.sum(0) if for_bias else None, None
 
 
-class FrozenLinear(nn.Module):
+class BaseLinear(nn.Module):
     """Takes over the parameters, and so the names, of an `nn.Linear` or `Conv1D`."""
 
     def __init__(self, original: nn.Linear | Conv1D) -> None:
@@ -57,16 +65,16 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two-dimensional inside, so that the result is no view: branches add to it in place.
-        flat = _FrozenLinear.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.transposed)
+        flat = _Linear.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.transposed)
         output = flat.view(*x.shape[:-1], self.out_features)
         for branch in self.branches:
             output = branch.add_to(output, x)
         return output
 
 
-def freeze_linears(model: nn.Module) -> None:
-    """Replaces every linear map of the model by a `FrozenLinear` with the same parameters."""
+def replace_linears(model: nn.Module) -> None:
+    """Replaces every linear map of the model by a `BaseLinear` with the same parameters."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear | Conv1D):
-                setattr(parent, name, FrozenLinear(child))
+                setattr(parent, name, BaseLinear(child))

@@ -34,11 +34,17 @@ class LoadedBase:
     checkpoint: Checkpoint
     tensors: dict[str, Entry]
     """Parameter name -> where it lies in the checkpoint."""
+    again: dict[str, list[Entry]]
+    """Parameter name -> where else it lies there, tied to it."""
     parameters: int
     """Elements, tied ones counted once."""
     bytes_read: int
     """By this rank."""
     load_s: float
+
+    def stored_names(self, parameter: str) -> tuple[str, ...]:
+        """Of the tensors of the checkpoint that hold a parameter."""
+        return (self.tensors[parameter].name, *(entry.name for entry in self.again.get(parameter, ())))
 
 
 def load_base(
@@ -78,7 +84,7 @@ def load_base(
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
     count = sum(entry.numel for entry in tensors.values())
-    return LoadedBase(model, family, checkpoint, tensors, count, bytes_read, time.perf_counter() - start)
+    return LoadedBase(model, family, checkpoint, tensors, again, count, bytes_read, time.perf_counter() - start)
 
 
 def _read(entry: Entry, reader: Reader, dtype: torch.dtype, device: torch.device, partitioner: Partitioner | None) -> nn.Parameter:

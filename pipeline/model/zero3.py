@@ -91,6 +91,32 @@ def run_of(parameter: nn.Parameter) -> tuple[int, int]:
     return first, min(run, numel - first)
 
 
+@torch.no_grad()
+def fill(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    """Gives a parameter other values, in its own dtype; of a partitioned one, this rank's run."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.copy_(whole)
+        return
+    first, held = run_of(parameter)
+    parameter.ds_tensor.view(-1)[:held].copy_(whole.detach().reshape(-1)[first : first + held])
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+        # A small one that stays gathered.
+        parameter.data.copy_(whole)
+
+
+@torch.no_grad()
+def fill_run(parameter: Any, run: torch.Tensor) -> None:
+    """Gives a partitioned parameter other values.
+
+    Args:
+        run: this rank's, with the padding.
+    """
+    parameter.ds_tensor.copy_(run)
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+        # Gathered from the old runs; the next use gathers it again.
+        parameter.partition()
+
+
 def shard_bytes(model: nn.Module) -> int:
     """Bytes of the base that this rank holds between steps."""
     return sum(shard_of(p).numel() * shard_of(p).element_size() for p in model.parameters())
@@ -107,7 +133,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def gathered(root: nn.Module) -> Iterator[None]:
-    """Every parameter whole on every rank while the block runs, and no hooks: passes are plain ones, and the ranks independent.
+    """Every parameter whole on every rank while the block runs, and no hooks of ZeRO's: passes are plain ones, and the ranks independent.
 
     One all-gather a parameter at the beginning. The trace of training is not touched.
     """
@@ -121,8 +147,8 @@ def gathered(root: nn.Module) -> Iterator[None]:
             dist.all_gather_into_tensor(whole, shard)
             parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
-        for module, _, _ in hooks:
-            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = _not_zero_s(before), _not_zero_s(after)
         yield
     finally:
         for module, before, after in hooks:
@@ -130,3 +156,8 @@ def gathered(root: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _not_zero_s(hooks: dict[int, Any]) -> Any:
+    """Those that methods have put on a module."""
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not str(hook.__module__).startswith("deepspeed"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from pipeline.job.method import Lora
 from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import zero_stage
 from pipeline.plan.activations import Activations, MicroBatch, activations
@@ -91,7 +92,7 @@ def setting(
     offload = zero["zero_optimization"].get("offload_param") or {}
     return Setting(
         shape=shape,
-        adapted=adapt(shape, job.methods[0]),
+        adapted=adapt(shape, next(method for method in job.methods if isinstance(method, Lora))),
         head_outputs=head_outputs,
         dtype=job.base.dtype,
         gpu=gpu,

@@ -1,13 +1,13 @@
 """One optimizer step, which means the same whatever the hardware: loss = sum over target tokens / target tokens of the step.
 
 The sum runs over all ranks and micro-batches. Nothing averages by rank, micro-batch or accumulation: the loss of each
-micro-batch is divided by the whole step's count, and gradients are summed by one flat all-reduce.
+micro-batch is divided by the whole step's count, and gradients are summed by one flat all-reduce (those of a sharded base's own
+matrices by a reduce-scatter each: pipeline/methods/subset.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Train
 from pipeline.methods.attach import Delta
+from pipeline.methods.subset import BaseParameter
 from pipeline.model.causal import Causal
+from pipeline.model.zero3 import run_of
 from pipeline.tasks.batch import MicroBatch
 from pipeline.train.engine import Engine, Ranks
 from pipeline.weights.state import Progress
@@ -50,13 +52,12 @@ class Stepper:
 
     def __init__(self, engine: Engine, root: Causal, delta: Delta, train: Train, ranks: Ranks, fp16: bool) -> None:
         self._engine, self._root, self._delta, self._train, self._ranks = engine, root, delta, train, ranks
-        self._tensors = delta.tensors()
-        tensors = list(self._tensors.values())
-        self._flat = torch.zeros(sum(t.numel() for t in tensors) + 2, device=tensors[0].device)
-        place = 0
-        for tensor in tensors:
-            tensor.grad = self._flat[place : place + tensor.numel()].view_as(tensor)
-            place += tensor.numel()
+        self._tensors, self._shards = delta.tensors(), delta.shards()
+        runs = [shard.master for shard in self._shards.values()]
+        # What every rank has whole is summed by one all-reduce; a sharded matrix's gradient comes summed into the ranks' runs.
+        self._flat = _flat_gradient(list(self._tensors.values()), 2, ranks)
+        self._flat_runs = _flat_gradient(runs, 0, ranks)
+        tensors = [*self._tensors.values(), *runs]
         self.optimizer = torch.optim.AdamW(
             tensors, lr=train.learning_rate, betas=train.adam_betas, eps=train.adam_eps, weight_decay=train.weight_decay, fused=True
         )
@@ -80,6 +81,7 @@ class Stepper:
         """
         scale = self._scale or 1.0
         self._flat.zero_()
+        self._flat_runs.zero_()
         self._delta.clock.step = step
         losses = []
         for number, batch in enumerate(micro_batches, 1):
@@ -97,12 +99,13 @@ class Stepper:
         self._flat[-1] = float(self._ranks.stop.asked)
         self._ranks.watch.at("all-reduce of the gradient")
         dist.all_reduce(self._flat)
-        gradient = self._flat[:-2]
-        gradient /= scale
-        norm = float(gradient.norm())
+        gradients = (self._flat[:-2], self._flat_runs)
+        for gradient in gradients:
+            gradient /= scale
+        norm = self._norm()
         loss, stop = self._flat[-2:].tolist()
         if math.isfinite(norm) and math.isfinite(loss):
-            self._update(gradient, norm, learning_rate)
+            self._update(gradients, norm, learning_rate)
             return StepResult(loss, norm, scale, False, (), bool(stop))
         bad = not math.isfinite(loss) or self._scale is None or self._scale <= 1.0
         suspects = tuple(number for number, own in enumerate(losses) if not math.isfinite(own)) if bad else ()
@@ -119,12 +122,15 @@ class Stepper:
         }
 
     def capture(self) -> dict[str, torch.Tensor]:
-        """Copies of the master weights and both moments in main memory, by kind/name: 3 x the delta's elements, nothing else."""
-        return {f"{kind}/{name}": part for kind in _KINDS for name, part in self._parts(self._gathered(kind).to("cpu"))}
+        """Copies of the master weights and both moments, whole and in main memory, by kind/name: 3 x the trained elements.
+
+        On the first rank; nothing on the others, which hand over their runs of what is sharded.
+        """
+        return {f"{kind}/{name}": part for kind in _KINDS for name, part in self._captured(kind).items()}
 
     def capture_weights(self) -> dict[str, torch.Tensor]:
         """Copies of the master weights alone, by name."""
-        return dict(self._parts(self._gathered("weight").to("cpu")))
+        return self._captured("weight")
 
     def restore(self, tensors: dict[str, torch.Tensor] | None, progress: Progress) -> None:
         """Puts back what `capture` took.
@@ -136,44 +142,73 @@ class Stepper:
             JobError: the state has other tensors than the job trains.
         """
         for kind in _KINDS:
-            flat = self._gathered(kind)
-            if tensors is not None:
-                for name, part in self._parts(flat):
-                    stored = tensors.get(f"{kind}/{name}")
-                    if stored is None or stored.shape != part.shape:
-                        raise JobError(
-                            f"the state has no {kind} of {name} with shape {list(part.shape)}. Put the job back, or use --fresh."
-                        )
-                    part.copy_(stored)
-            dist.broadcast(flat, 0)
-            with torch.no_grad():
-                for (_, part), tensor in zip(self._parts(flat), self._of(kind), strict=True):
-                    tensor.copy_(part)
+            for name, tensor in self._tensors.items():
+                with torch.no_grad():
+                    self._hand_out(f"{kind}/{name}", self._of(kind, tensor), tensors)
+            for name, shard in self._shards.items():
+                whole = torch.empty(shard.shape, device=shard.master.device)
+                self._hand_out(f"{kind}/{name}", whole, tensors)
+                first, held = run_of(shard.parameter)
+                with torch.no_grad():
+                    self._of(kind, shard.master)[:held].copy_(whole.view(-1)[first : first + held])
+        self._delta.publish()
         for state in self.optimizer.state.values():
             state["step"].fill_(float(progress.optimizer_steps))
         self._optimizer_steps, self._skipped_steps = progress.optimizer_steps, progress.skipped_steps
         if self._scale is not None:
             self._scale, self._good_steps = progress.loss_scale or _FIRST_SCALE, progress.good_steps
 
-    def _of(self, kind: str) -> list[torch.Tensor]:
-        tensors = list(self._tensors.values())
-        return tensors if kind == "weight" else [self.optimizer.state[tensor][kind] for tensor in tensors]
+    def _hand_out(self, name: str, whole: torch.Tensor, tensors: dict[str, torch.Tensor] | None) -> None:
+        """A stored tensor from the first rank to all."""
+        if tensors is not None:
+            stored = tensors.get(name)
+            if stored is None or stored.shape != whole.shape:
+                raise JobError(f"the state has no {name} with shape {list(whole.shape)}. Put the job back, or use --fresh.")
+            whole.copy_(stored)
+        dist.broadcast(whole, 0)
 
-    def _gathered(self, kind: str) -> torch.Tensor:
-        return torch.cat([tensor.detach().reshape(-1) for tensor in self._of(kind)])
+    def _of(self, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach() if kind == "weight" else self.optimizer.state[tensor][kind]
 
-    def _parts(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        place = 0
+    def _captured(self, kind: str) -> dict[str, torch.Tensor]:
+        runs = {name: self._whole(shard, self._of(kind, shard.master)) for name, shard in self._shards.items()}
+        if not self._ranks.first:
+            return {}
+        # One copy to main memory for all that is whole.
+        flat = torch.cat([self._of(kind, tensor).reshape(-1) for tensor in self._tensors.values()]).to("cpu") if self._tensors else None
+        parts, place = {}, 0
         for name, tensor in self._tensors.items():
-            yield name, flat[place : place + tensor.numel()].view_as(tensor)
+            assert flat is not None
+            parts[name] = flat[place : place + tensor.numel()].view_as(tensor)
             place += tensor.numel()
+        return parts | {name: whole for name, whole in runs.items() if whole is not None}
 
-    def _update(self, gradient: torch.Tensor, norm: float, learning_rate: float) -> None:
+    def _whole(self, shard: BaseParameter, run: torch.Tensor) -> torch.Tensor | None:
+        """A sharded tensor from all ranks' runs, in the first one's main memory."""
+        if self._ranks.first:
+            runs = [torch.empty_like(run) for _ in range(self._ranks.count)]
+            dist.gather(run, runs)
+            return torch.cat([part.to("cpu") for part in runs])[: torch.Size(shard.shape).numel()].view(shard.shape)
+        dist.gather(run)
+        return None
+
+    def _norm(self) -> float:
+        """Of the whole gradient, the same on every rank."""
+        norm = self._flat[:-2].norm()
+        if not self._shards:
+            return float(norm)
+        others = self._flat_runs.norm() ** 2
+        dist.all_reduce(others)
+        return float((norm**2 + others).sqrt())
+
+    def _update(self, gradients: tuple[torch.Tensor, ...], norm: float, learning_rate: float) -> None:
         if self._train.clip_norm and norm > self._train.clip_norm:
-            gradient *= self._train.clip_norm / norm
+            for gradient in gradients:
+                gradient *= self._train.clip_norm / norm
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        self._delta.publish()
         self._optimizer_steps += 1
         self._good_steps += 1
         if self._scale is not None and self._good_steps % _GROWTH_STEPS == 0:
@@ -184,3 +219,12 @@ class Stepper:
         self._good_steps = 0
         if self._scale is not None and lower_scale:
             self._scale /= 2.0
+
+
+def _flat_gradient(tensors: list[torch.Tensor], more: int, ranks: Ranks) -> torch.Tensor:
+    """One buffer that holds the gradients of all, with so many slots more at its end."""
+    flat, place = torch.zeros(sum(tensor.numel() for tensor in tensors) + more, device=ranks.device), 0
+    for tensor in tensors:
+        tensor.grad = flat[place : place + tensor.numel()].view_as(tensor)
+        place += tensor.numel()
+    return flat

@@ -1,7 +1,7 @@
-"""Our delta on disk: a folder that PEFT loads as it is, and a manifest that says what it belongs to.
+"""Our delta on disk: a folder that PEFT loads as it is where PEFT has the method, and a manifest that says what it belongs to.
 
-`adapter_model.safetensors` (the trained tensors, fp32), `adapter_config.json` (as PEFT reads it), `manifest.json` (base and job
-digests, counts, sha256, and for every adapted module the checkpoint tensor it adds to), written last.
+`adapter_model.safetensors` (the trained tensors, fp32), `adapter_config.json` (as PEFT reads it; LoRA and heads only), `manifest.json`
+(base and job digests, counts, sha256, the methods, and the checkpoint tensors that they add to or replace), written last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import sha256_of
 from pipeline.weights.tensors import load_tensors, save_tensors
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, 2)
+"""Version 1 had LoRA only, and did not say with which settings."""
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
@@ -36,6 +38,15 @@ class Module:
     """The checkpoint stores [in, out], as GPT-2's Conv1D does."""
     rank: int
     alpha: float
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One trained parameter of the base, stored whole under its name in the model."""
+
+    name: str
+    tensors: tuple[str, ...]
+    """In the base's checkpoint: a tied one may be there twice."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Manifest:
     step: int
     parameters: int
     modules: tuple[Module, ...]
+    """LoRA's."""
     sha256: str
     """Of the tensor file."""
     head: Head | None = None
@@ -70,6 +82,11 @@ class Manifest:
     """Trained on conversations in the base's chat template."""
     dtype: str | None = None
     """Of the base in training; None: not known."""
+    methods: tuple[dict[str, Any], ...] = ()
+    """As the job's sections have them."""
+    replaced: tuple[Replaced, ...] = ()
+    other: tuple[str, ...] = ()
+    """Names of tensors that are neither LoRA's, nor a head's, nor the base's: adapters, special tokens. They do not merge."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -84,17 +101,23 @@ def keys_of(module: str) -> tuple[str, str]:
 
 
 def write_delta(
-    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], manifest: dict[str, Any], beside: dict[str, Any] | None = None
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any] | None,
+    manifest: dict[str, Any],
+    beside: dict[str, Any] | None = None,
 ) -> None:
     """Writes a delta, whole or not at all; an older one in its place gives way.
 
     Args:
+        config: PEFT's, where PEFT can load it.
         manifest: the fields of `Manifest` without `sha256`.
         beside: more JSON files of the folder, by name.
     """
     with new_folder(folder, replace=True) as partial:
         save_tensors(partial / TENSORS, tensors)
-        write_json(partial / CONFIG, config)
+        if config is not None:
+            write_json(partial / CONFIG, config)
         for name, value in (beside or {}).items():
             write_json(partial / name, value)
         write_json(partial / MANIFEST, asdict(Manifest(**manifest, sha256=sha256_of(partial / TENSORS))))
@@ -106,11 +129,13 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields["schema_version"] != SCHEMA_VERSION:
+        if fields["schema_version"] not in _READ:
             raise JobError(
                 f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it."
             )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
+        fields["replaced"] = tuple(Replaced(one["name"], tuple(one["tensors"])) for one in fields.get("replaced", ()))
+        fields |= {key: tuple(fields.get(key, ())) for key in ("methods", "other")}
         if head := fields.get("head"):
             lists = {key: tuple(value) for key, value in head.items() if isinstance(value, list)}
             fields["head"] = Head(**head | lists)
@@ -121,42 +146,35 @@ def read_manifest(folder: Path) -> Manifest:
         raise JobError(f"{file}: cannot be read ({error!r}). The delta is damaged; save it again.") from None
 
 
-def read_delta(folder: Path) -> tuple[Manifest, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The manifest and, by module name, A [R, K] and B [D, R].
+@dataclass(frozen=True)
+class StoredDelta:
+    manifest: Manifest
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """LoRA's, by module name: A [R, K] and B [D, R]."""
+    head: dict[str, torch.Tensor]
+    """By their names in transformers' model."""
+    replaced: dict[str, torch.Tensor]
+    """The base's own, by their names in the model."""
+    other: dict[str, torch.Tensor]
 
-    Raises:
-        JobError: damaged or incomplete files.
-    """
+
+def read_delta(folder: Path) -> StoredDelta:
+    """Raises:
+    JobError: damaged or incomplete files."""
     manifest, file = read_manifest(folder), folder / TENSORS
-    tensors, pairs = _tensors(file, manifest), {}
-    for module in manifest.modules:
-        a_key, b_key = keys_of(module.name)
-        if a_key not in tensors or b_key not in tensors:
-            raise JobError(f'{file}: no pair for module "{module.name}". The delta is damaged; save it again.')
-        pairs[module.name] = (tensors[a_key], tensors[b_key])
-    return manifest, pairs
-
-
-def read_head(folder: Path) -> dict[str, torch.Tensor]:
-    """The head's tensors by their names in transformers' model; none where the delta has no head.
-
-    Raises:
-        JobError: damaged or incomplete files.
-    """
-    manifest, file = read_manifest(folder), folder / TENSORS
-    if manifest.head is None:
-        return {}
-    stored = _tensors(file, manifest)
-    if missing := [name for name in manifest.head.tensors if head_key(name) not in stored]:
-        raise JobError(f"{file}: no {head_key(missing[0])}, though {MANIFEST} names it. The delta is damaged; save it again.")
-    return {name: stored[head_key(name)] for name in manifest.head.tensors}
-
-
-def _tensors(file: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     try:
         tensors = load_tensors(file)
     except ValueError as error:
         raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
     if sha256_of(file) != manifest.sha256:
         raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")
-    return tensors
+
+    def stored(key: str) -> torch.Tensor:
+        if key not in tensors:
+            raise JobError(f"{file}: no {key}, though {MANIFEST} names it. The delta is damaged; save it again.")
+        return tensors[key]
+
+    pairs = {module.name: (stored(keys_of(module.name)[0]), stored(keys_of(module.name)[1])) for module in manifest.modules}
+    head = {name: stored(head_key(name)) for name in (manifest.head.tensors if manifest.head else ())}
+    replaced = {one.name: stored(one.name) for one in manifest.replaced}
+    return StoredDelta(manifest, pairs, head, replaced, {name: stored(name) for name in manifest.other})

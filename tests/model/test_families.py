@@ -79,7 +79,7 @@ def open_ours(folder: Path, config: dict, drawn: bool = True) -> Ours:
     family = base.family
     targets = tuple(family.roles) or UNKNOWN[base.model.config.model_type][1]
     method = Lora(kind="lora", targets=targets, rank=3, alpha=5.0)
-    delta = attach(base.model, family, (method,), 1, CPU, LABELS if family.encoder else ())
+    delta = attach(base, (method,), 1, CPU, LABELS if family.encoder else ())
     generator = torch.Generator().manual_seed(3)
     for name, tensor in delta.tensors().items() if drawn else ():
         if not name.endswith(".a"):
@@ -99,7 +99,7 @@ def write(ours: Ours, folder: Path) -> str:
     """Stores the delta; returns the base's digest."""
     values = {name: tensor.detach().clone() for name, tensor in ours.delta.tensors().items()}
     digests = file_digests(ours.base.checkpoint.files)
-    store(ours.delta, values, folder, ours.method, Base(model="base"), digests, ours.base.tensors, "job", 1, (None, False))
+    store(ours.delta, values, folder, Base(model="base"), digests, ours.base, "job", 1, (None, False))
     return base_digest(digests)
 
 

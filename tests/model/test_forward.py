@@ -20,7 +20,7 @@ from pipeline.model import head as head_module
 from pipeline.model.causal import Causal, Decode
 from pipeline.model.config import read_config
 from pipeline.model.head import Head, head_loss
-from pipeline.model.linear import FrozenLinear
+from pipeline.model.linear import BaseLinear
 from pipeline.model.load import load_base
 from pipeline.tasks.batch import collate
 from pipeline.train.engine import Engine
@@ -192,9 +192,9 @@ def released(ranks, folder, zero, native):
     """
     root, engine, embedded, _ = open_root(folder, zero)
     storages = gathered_storages(root)
-    kept = FrozenLinear.forward
+    kept = BaseLinear.forward
     if native:
-        FrozenLinear.forward = native_forward
+        BaseLinear.forward = native_forward
     passes = []
     try:
         for _ in range(2):
@@ -206,7 +206,7 @@ def released(ranks, folder, zero, native):
             backward = (*held(root), alive(storages))
             passes.append((len(storages), forward, backward, float(embedded[-1].grad.abs().max())))
     finally:
-        FrozenLinear.forward = kept
+        BaseLinear.forward = kept
     return passes
 
 
@@ -313,7 +313,7 @@ def test_frozen_linear_is_the_ordinary_one(kind, shape):
     for parameter in original.parameters():
         nn.init.normal_(parameter)
     original.double().requires_grad_(False)
-    frozen = FrozenLinear(original)
+    frozen = BaseLinear(original)
     assert [name for name, _ in frozen.named_parameters()] == [name for name, _ in original.named_parameters()]
     x, slope = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], 4, dtype=torch.float64)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -388,7 +388,7 @@ def test_weights_are_released_between_forward_and_backward(folder, tight, ranks2
 
 
 def test_an_ordinary_linear_map_would_pin_them(llama_base, tight, ranks2):
-    """A control of the test above: without FrozenLinear the status says released while autograd holds the memory."""
+    """A control of the test above: without BaseLinear the status says released while autograd holds the memory."""
     for passes in ranks2.run(released, llama_base, tight, True):
         for count, forward, backward, _ in passes:
             assert forward[:2] == ([], [])
