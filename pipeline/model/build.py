@@ -80,8 +80,10 @@ def checkpointed(model: PreTrainedModel, family: Family) -> None:
     """Recomputes each layer in the backward pass.
 
     Reentrant: under ZeRO-3 it gathers a layer once or twice, non-reentrant 19 to 38 times. It needs an input with a gradient,
-    which frozen embeddings do not give: their output is made a leaf that has one.
+    which frozen embeddings do not give: their output is made a leaf that has one. A trained input that all layers share is beyond it:
+    each layer would go back through the one graph behind it.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    shared = any(p.requires_grad and name.startswith(family.shared_inputs) for name, p in model.named_parameters())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": not shared})
     embeddings: nn.Module = model.get_submodule(family.body).get_input_embeddings()
     embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True) if torch.is_grad_enabled() else output)

@@ -76,6 +76,8 @@ class Family:
     head: HeadForm = field(default=_SCORE)
     positions_after_padding: bool = False
     """Position 0 is at the embedding behind the padding token's, as in fairseq's models."""
+    shared_inputs: tuple[str, ...] = ()
+    """Names of parameters, or how they begin, from which an input of all layers beside the hidden states is computed."""
     token_types: bool = False
     """Is told which tokens are the second text's."""
     packs: bool = True
@@ -222,6 +224,7 @@ _DEBERTA_V2 = Family(
     renamed=_BERT.renamed,
     encoder=True,
     head=HeadForm("classifier", bias=True, reads="first", dense="pooler.dense", activation="pooler_hidden_act"),
+    shared_inputs=("deberta.encoder.rel_embeddings", "deberta.encoder.LayerNorm"),
     token_types=True,
     packs=False,
 )

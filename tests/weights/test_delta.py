@@ -52,7 +52,8 @@ def change_manifest(folder, **changes):
 
 
 def test_what_was_written_is_read_back(delta):
-    manifest, pairs = read_delta(delta)
+    stored = read_delta(delta)
+    manifest, pairs = stored.manifest, stored.pairs
     a, b = tensors().values()
     assert manifest.modules == (MODULE,)
     assert (manifest.base, manifest.step, manifest.parameters) == ("gpt2", 3, 16)
@@ -63,7 +64,7 @@ def test_what_was_written_is_read_back(delta):
 
 def test_a_newer_delta_takes_the_place_of_the_older(delta):
     write_delta(delta, tensors(), {}, {**FIELDS, "step": 9})
-    assert read_delta(delta)[0].step == 9
+    assert read_delta(delta).manifest.step == 9
     assert [path.name for path in delta.parent.iterdir()] == ["delta"]
 
 
@@ -89,7 +90,7 @@ def test_a_manifest_of_another_version_is_refused_with_both(delta):
     change_manifest(delta, schema_version=99)
     message = refused(delta)
     assert "99" in message
-    assert "reads 1" in message
+    assert "reads 2" in message
 
 
 def test_one_changed_byte_is_noticed(delta):
