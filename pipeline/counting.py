@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.job.errors import JobError
 from pipeline.job.files import BASES
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, Method, PrefixEmbed, PrefixLayer
 from pipeline.plan.families import read_shape
@@ -39,18 +40,18 @@ def make_counts(base: str | None) -> dict[str, Any]:
 
 def by_default(shape: Shape) -> tuple[Method, ...]:
     """Each method with the settings that a job may leave out; dropped adapters on the upper half."""
-    methods: tuple[Method, ...] = (
+    return (
         Lora(kind="lora"),
         Full(kind="full"),
-        FullTop(kind="full_top", layers=min(2, shape.layers)),
+        FullTop(kind="full_top"),
         BitFit(kind="bitfit"),
         PrefixEmbed(kind="prefix_embed"),
         PrefixLayer(kind="prefix_layer"),
         Adapter(kind="adapter", placement="houlsby"),
         Adapter(kind="adapter", placement="lin"),
         Adapter(kind="adapter", placement="pfeiffer"),
+        Adapter(kind="adapter", placement="drop", first_layer=max(1, shape.layers // 2)),
     )
-    return methods if shape.layers == 1 else (*methods, Adapter(kind="adapter", placement="drop", first_layer=shape.layers // 2))
 
 
 def _counted(name: str, shape: Shape, asked: list[Row]) -> dict[str, Any]:
@@ -65,16 +66,19 @@ def _counted(name: str, shape: Shape, asked: list[Row]) -> dict[str, Any]:
 
 
 def _method(shape: Shape, row: Row) -> dict[str, Any]:
-    count = trained(shape, *row.methods)
+    try:
+        count, refused = trained(shape, *row.methods), None
+    except JobError as error:
+        count, refused = None, str(error)
     return {
         "name": row.name,
         "sections": [method.model_dump(mode="json", exclude={"start"}) for method in row.methods],
         "settings": " + ".join(filter(None, map(settings_text, row.methods))),
         "trained_parameters": count,
-        "share_of_base": count / shape.parameters,
-        "ours_millions": row.as_printed(count),
+        "share_of_base": None if count is None else count / shape.parameters,
+        "ours_millions": None if count is None else row.as_printed(count),
         "printed_millions": row.printed,
-        "note": row.note,
+        "note": refused or row.note,
     }
 
 
@@ -99,17 +103,16 @@ def show_counts(counts: dict[str, Any], screen: Screen) -> None:
     """Tables for people; numbered notes beneath."""
     for base in counts["bases"]:
         title = f"{base['base']}: {base['parameters']:,} parameters, {base['layers']} layers of width {base['width']:,}"
-        notes = list(dict.fromkeys(row["note"] for row in base["methods"] if row["note"]))
-        beside = any(row["printed_millions"] for row in base["methods"])
+        notes = list(dict.fromkeys(method["note"] for method in base["methods"] if method["note"]))
+        beside = any(method["printed_millions"] for method in base["methods"])
         lines = []
-        for row in base["methods"]:
-            line = [row["name"], row["settings"], f"{row['trained_parameters']:,}", f"{100 * row['share_of_base']:.3g} %"]
-            if beside:
-                ours, printed = row["ours_millions"], row["printed_millions"]
-                note = f"[{notes.index(row['note']) + 1}]" if row["note"] else ""
-                line += [f"{ours} M", f"{printed} M", f"{' ' if ours == printed else '≠'} {note}"]
-            lines.append(line)
-        screen.columns(title, ["method", "settings", "trained", "of the base", *(["ours", "paper", ""] if beside else [])], lines)
+        for method in base["methods"]:
+            count, ours, printed = method["trained_parameters"], method["ours_millions"], method["printed_millions"]
+            line = [method["name"], method["settings"]]
+            line += ["none", ""] if count is None else [f"{count:,}", f"{100 * method['share_of_base']:.3g} %"]
+            mark = f"[{notes.index(method['note']) + 1}]" if method["note"] else ""
+            lines.append([*line, *([f"{ours} M", f"{printed} M", f"{' ' if ours == printed else '≠'} {mark}"] if beside else [mark])])
+        screen.columns(title, ["method", "settings", "trained", "of the base", *(["ours", "paper"] if beside else []), ""], lines)
         for number, note in enumerate(notes, 1):
             screen.print(f"  [{number}] {note}")
         screen.print()

@@ -29,66 +29,57 @@ def trained(shape: Shape, *methods: Method) -> int:
     """Parameters that these methods train together: those they add, and those of the base that one of them trains, each once.
 
     Raises:
-        JobError: a target or a layer that the base does not have.
+        JobError: a target, a layer or biases that the base does not have; in the words of pipeline/methods.
     """
-    return sum(added(shape, method) for method in methods) + _of_base(shape, methods)
+    for place, method in enumerate(methods):
+        _refuse(shape, method, f"methods[{place}]")
+    added = sum(_added(shape, method) for method in methods)
+    if any(isinstance(method, Full) for method in methods):
+        return added + shape.parameters
+    return added + sum(parameter.size for parameter in _parameters(shape) if any(_trains(shape, method, parameter) for method in methods))
 
 
-def added(shape: Shape, method: Method) -> int:
-    """Parameters that a method puts beside the base's own.
+def _refuse(shape: Shape, method: Method, key: str) -> None:
+    match method:
+        case FullTop(layers=layers) if layers > shape.layers:
+            raise JobError(f"{key}.layers = {layers}: the base has {shape.layers} layers. Use fewer.")
+        case BitFit() if not any(parameter.bias for parameter in _parameters(shape)):
+            raise JobError(f'{key}.kind = "bitfit": this {shape.family} has no bias vectors. Use another method.')
+        case Adapter(first_layer=first) if first is not None and first >= shape.layers:
+            raise JobError(f"{key}.first_layer = {first}: the last layer is {shape.layers - 1}. Use a lower one.")
+        case Adapter(rank=rank) if rank > shape.width:
+            raise JobError(f"{key}.rank = {rank}: the base is {shape.width} wide. Use a smaller rank.")
 
-    Raises:
-        JobError: as above.
-    """
+
+def _added(shape: Shape, method: Method) -> int:
+    """Parameters that a method puts beside the base's own."""
     match method:
         case Lora():
             return shape.layers * adapt(shape, method).layer_parameters(shape)
         case PrefixEmbed():
-            return embedding_width(shape) * (method.prefix_tokens + method.infix_tokens)
+            # OPT 350m's embeddings are narrower than its layers.
+            width = next(part.sizes[0] for part in shape.embeddings if part.sizes) // shape.vocabulary
+            return width * (method.prefix_tokens + method.infix_tokens)
         case PrefixLayer():
             return shape.layers * shape.width * (method.prefix_tokens + method.infix_tokens)
         case Adapter():
             bottleneck = 2 * shape.width * method.rank + method.rank + shape.width
             norm = 2 * shape.width if method.placement == "lin" and method.layernorm else 0
             in_a_layer = 2 if method.placement == "houlsby" else 1
-            return len(adapted_layers(shape, method)) * in_a_layer * (bottleneck + norm)
+            return (shape.layers - (method.first_layer or 0)) * in_a_layer * (bottleneck + norm)
         case Full() | FullTop() | BitFit():
             return 0
-
-
-def adapted_layers(shape: Shape, method: Adapter) -> range:
-    """Those that have adapters.
-
-    Raises:
-        JobError: `first_layer` is behind the last.
-    """
-    first = method.first_layer or 0
-    if first >= shape.layers:
-        raise JobError(f"methods: first_layer = {first}, but the base's layers are 0 to {shape.layers - 1}. Name one of them.")
-    return range(first, shape.layers)
-
-
-def embedding_width(shape: Shape) -> int:
-    """Of a token's embedding: OPT's may be narrower than its layers."""
-    return next(part.sizes[0] for part in shape.embeddings if part.sizes) // shape.vocabulary
-
-
-def _of_base(shape: Shape, methods: tuple[Method, ...]) -> int:
-    if any(isinstance(method, Full) for method in methods):
-        return shape.parameters
-    return sum(parameter.size for parameter in _parameters(shape) if any(_trains(shape, method, parameter) for method in methods))
 
 
 def _trains(shape: Shape, method: Method, parameter: _Parameter) -> bool:
     match method:
         case FullTop():
-            if method.layers > shape.layers:
-                raise JobError(f"methods: layers = {method.layers}, but the base has {shape.layers}. Use that or fewer.")
             return parameter.layer is not None and parameter.layer >= shape.layers - method.layers
         case BitFit():
             return parameter.bias
         case Adapter() if method.layernorm and method.placement != "lin":
-            return parameter.norm and parameter.layer in adapted_layers(shape, method)
+            # Where there is an adapter: below it nothing is trained, and so no backward pass is needed.
+            return parameter.norm and parameter.layer is not None and parameter.layer >= (method.first_layer or 0)
         case _:
             return False
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import OPTConfig
+from transformers import LlamaConfig, OPTConfig
 
 from pipeline.counting import make_counts, settings_text
 from pipeline.job.errors import JobError
@@ -67,11 +67,21 @@ def test_any_base_with_every_method(tmp_path):
     assert len(found) == 10
 
 
-def test_a_base_of_one_layer_and_one_of_the_paper_s_by_name(tmp_path):
-    OPTConfig(hidden_size=32, ffn_dim=56, num_hidden_layers=1, num_attention_heads=4, vocab_size=99).save_pretrained(tmp_path)
+def test_what_a_base_does_not_have_is_a_note_in_its_row(tmp_path):
+    LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99).save_pretrained(tmp_path)
     (base,) = make_counts(str(tmp_path))["bases"]
-    assert {"full_top": "1 layer"}.items() <= {method["name"]: method["settings"] for method in base["methods"]}.items()
-    assert not any("drop" in method["settings"] for method in base["methods"])
+    refused = {(method["name"], method["note"]) for method in base["methods"] if method["trained_parameters"] is None}
+    assert refused == {
+        ("full_top", "methods[0].layers = 2: the base has 1 layers. Use fewer."),
+        ("bitfit", 'methods[0].kind = "bitfit": this llama has no bias vectors. Use another method.'),
+        ("adapter", "methods[0].rank = 16: the base is 8 wide. Use a smaller rank."),
+        ("adapter", "methods[0].first_layer = 1: the last layer is 0. Use a lower one."),
+    }
+    lines = call(tmp_path, "--base", ".").stdout.splitlines()
+    assert any(line.split() == ["bitfit", "none", "[2]"] for line in lines)
+
+
+def test_a_base_of_the_paper_by_its_hub_id():
     assert make_counts("microsoft/deberta-v2-xxlarge")["bases"][0]["parameters"] == 1_564_549_632
 
 
