@@ -3,7 +3,7 @@
     python benchmarks/plan_rank.py CASE OUT      (with RANK, WORLD_SIZE, ... as pipeline/cluster/launch.py sets them)
 
 CASE is JSON: `job` (a TOML file), `set` (overrides), `tokens` (lengths of the examples of each micro-batch), `label_tokens` of them,
-`micro_batches`. OUT gets the bytes by part.
+`micro_batches`, and `outputs` of a task's own head (0: the vocabulary). OUT gets the bytes by part.
 
 What is followed are the storages that operators hand out, so neither the allocator nor Python counts: the kernels' own scratch
 memory does not show. Anonymous resident memory, which has all of that, is read from the kernel beside it.
@@ -36,7 +36,7 @@ from pipeline.model.zero3 import shard_bytes
 from pipeline.plan.activations import MicroBatch as Batch
 from pipeline.plan.hardware import gpu_of
 from pipeline.plan.memory import memory, setting
-from pipeline.plan.shapes import read_shape
+from pipeline.plan.families import read_shape
 from pipeline.tasks.batch import MicroBatch, collate
 from pipeline.tasks.example import Sequence
 from pipeline.train.engine import Engine, Ranks, join_ranks, leave_ranks
@@ -97,8 +97,9 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     loading = Storages()
     with loading:
         base = load_base(Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout)
-    delta = attach(base.model, base.family, job.methods, 1, ranks.device)
-    root = Causal(base.model, base.family)
+    labels = tuple("abcdefgh"[: case["outputs"]])
+    delta = attach(base.model, base.family, job.methods, 1, ranks.device, labels)
+    root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:
         checkpointed(base.model, base.family)
@@ -117,7 +118,7 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     storages = Storages()
     storages.know(iter([*tensors, *state, stepper._flat]))
     storages.know(getattr(p, "ds_tensor", p.data) for p in base.model.parameters())
-    batches = [batch_of(case["tokens"], case["label_tokens"], number, ranks) for number in range(case["micro_batches"])]
+    batches = [batch_of(case, number, base.family.packs, ranks) for number in range(case["micro_batches"])]
     targets = sum(len(batch.labels) for batch in batches) * ranks.count
     with storages, watched_gathers(storages) as gathered, anonymous_peak(anonymous):
         for step in range(STEPS):
@@ -142,9 +143,12 @@ def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
     """What the plan says of the same case, by the same names; no margin and no context."""
     job = read_job(Path(case["job"]), tuple(case["set"]))
     zero, shape = deepspeed_config(Path(job.memory.config)), read_shape(Path(job.base.model))
-    asked = setting(job, zero, shape, gpu_of("cpu"), ranks, 1, 0, None)
+    asked = setting(job, zero, shape, gpu_of("cpu"), ranks, 1, case["outputs"], None)
     lengths = case["tokens"]
-    found = memory(asked, Batch(sum(lengths), padded_tokens(lengths), case["label_tokens"]))
+    views = views_of(lengths) if shape.packs else [lengths]
+    padded, pairs = (sum(len(view) * view[0] ** power for view in views) for power in (1, 2))
+    tokens, labels = sum(lengths) if shape.packs else padded, len(lengths) if case["outputs"] else case["label_tokens"]
+    found = memory(asked, Batch(tokens, padded, labels, len(lengths), max(lengths), pairs))
     return {
         **{name: found.parts[name] for name in ("base_shard", "delta", "gradients", "optimizer")},
         "kept": found.activations.kept,
@@ -155,14 +159,14 @@ def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
     }
 
 
-def padded_tokens(lengths: list[int]) -> int:
-    """Of the views in which attention sees packed examples (pipeline/tasks/batch.py)."""
+def views_of(lengths: list[int]) -> list[list[int]]:
+    """The views in which attention sees packed examples (pipeline/tasks/batch.py), the longest example of each first."""
     views: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         if not views or length * 2 < views[-1][0]:
             views.append([])
         views[-1].append(length)
-    return sum(len(view) * view[0] for view in views)
+    return views
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -194,15 +198,16 @@ def watched_gathers(storages: Storages) -> Iterator[list[int]]:
         setattr(PartitionedParameterCoordinator, _NAME, _GATHER)
 
 
-def batch_of(lengths: list[int], label_tokens: int, number: int, ranks: Ranks) -> MicroBatch:
-    """Examples of these lengths, the last tokens of the first of them learnt."""
-    sequences = []
-    for length in lengths:
-        own = min(label_tokens, length - 1)
-        label_tokens -= own
+def batch_of(case: dict[str, Any], number: int, packed: bool, ranks: Ranks) -> MicroBatch:
+    """Examples of the case's lengths: with a label each, or the last tokens of the first of them learnt."""
+    sequences, left = [], 0 if case["outputs"] else case["label_tokens"]
+    for length in case["tokens"]:
+        own = min(left, length - 1)
+        left -= own
         tokens = tuple((7 * number + 3 * place + ranks.rank) % 100 for place in range(length))
-        sequences.append(Sequence(tokens, ((length - own, length),) if own else ()))
-    return collate(sequences, list(range(len(sequences))), True, ranks.device)
+        label = float(length % case["outputs"]) if case["outputs"] else None
+        sequences.append(Sequence(tokens, ((length - own, length),) if own else (), label=label))
+    return collate(sequences, list(range(len(sequences))), packed, ranks.device)
 
 
 def anonymous_bytes() -> int:

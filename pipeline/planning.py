@@ -19,7 +19,7 @@ from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
 from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
-from pipeline.plan.shapes import read_shape
+from pipeline.plan.families import read_shape
 from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import fetch

@@ -30,7 +30,7 @@ from pipeline.model.unknown import family_of, refuse_roles
 from pipeline.plan.choose import Choice, choose
 from pipeline.plan.hardware import gpu_of
 from pipeline.plan.memory import setting
-from pipeline.plan.shapes import read_shape
+from pipeline.plan.families import read_shape
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Reason, grouped

@@ -1,7 +1,7 @@
 """Bytes of activations on one rank: what a micro-batch keeps for its backward pass, and what comes on top at the worst moment.
 
-Each line says which tensor it is and which code keeps it. Frozen linear maps keep nothing (pipeline/model/linear.py), so only norms,
-attention, the activation function and the branches of methods do.
+What modules keep is in their parts (pipeline/plan/parts.py); here are the branches of methods, the ends, and the worst moments, found by
+walking a layer's parts forward and back.
 
 N tokens of the micro-batch, P of them as attention sees them (padded), M with a label; D width, F ffn, H heads, V vocabulary, R rank;
 e bytes of an element of the base.
@@ -9,9 +9,10 @@ e bytes of an element of the base.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.plan.shapes import Adapted, Part, Shape
+from pipeline.plan.shapes import Adapted, Kept, Shape
 
 CHUNK_LOGITS = 1 << 25
 """Elements of the logits held at a time, as pipeline/model/head.py has it."""
@@ -21,8 +22,27 @@ _FP32 = 4
 @dataclass(frozen=True)
 class MicroBatch:
     tokens: int
+    """With padding, where the base's attention cannot tell packed examples apart."""
     padded_tokens: int
     label_tokens: int
+    examples: int
+    longest: int
+    pairs: int
+    """Of padded tokens of one example each."""
+
+    def bytes(self, kept: Kept, element_bytes: int, window: int | None) -> int:
+        beyond = window is not None and self.longest > window
+        square = self.pairs // self.examples
+        count = {
+            "token": self.tokens,
+            "padded": self.padded_tokens,
+            "pair": self.pairs,
+            "square": square,
+            "windowed": self.padded_tokens if beyond else 0,
+            "windowed square": square if beyond else 0,
+            "example": self.examples,
+        }[kept.of]
+        return round(count * (kept.elements * element_bytes + kept.fp32 * _FP32 + kept.bytes))
 
 
 @dataclass(frozen=True)
@@ -30,8 +50,6 @@ class Term:
     what: str
     formula: str
     bytes: int
-    stage: int = 9
-    """Of the part that keeps it (`Part.stage`); branches keep theirs always."""
 
 
 @dataclass(frozen=True)
@@ -50,74 +68,87 @@ class Activations:
     """What one layer keeps."""
 
 
-def activations(shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes: int, checkpointing: bool, dropout: float) -> Activations:
+def activations(
+    shape: Shape, adapted: Adapted, batch: MicroBatch, element_bytes: int, checkpointing: bool, dropout: float, labels: bool = False
+) -> Activations:
     """Args:
     dropout: the base's own.
+    labels: a task's own head takes the place of the vocabulary projection.
     """
-    n, d, e = batch.tokens, shape.width, element_bytes
-    terms = _layer(shape, adapted, batch, e, dropout)
-    layer = sum(term.bytes for term in terms)
-    norm = _norm(shape, n, e)
-    hidden = n * d * e
-    # The label positions' gradient that the loss already knows (pipeline/model/head.py), tokens, positions, keys and layout.
-    ends = norm + batch.label_tokens * d * e + 48 * n
-    ends += 2 * n * shape.head_width * e if shape.norm == "rms" else 0  # cos and sin, shared by the layers
+    e, hidden = element_bytes, batch.tokens * shape.width * element_bytes
+
+    def total(kept: tuple[Kept, ...]) -> int:
+        return sum(batch.bytes(each, e, shape.window) for each in kept)
+
+    # Two masks of the base's dropout.
+    drops = 2 * hidden if dropout else 0
+    inputs = _branch_inputs(shape, adapted, batch.tokens, e)
+    branches = _branches(shape, adapted, batch.tokens, e)
+    layer = sum(total(part.keeps) for part in shape.layer) + sum(inputs.values()) + branches + drops
     # What stands before everything trained has no gradient in the first layer.
-    first = min(part.stage for part in shape.layer if adapted.of(part))
-    kept = shape.layers * layer + ends - sum(term.bytes for term in terms if term.stage < first)
-    # Backward at its worst, if the last layer's activation function is: the gradient of its output and of both factors of its product.
-    peak = 3 * n * shape.ffn * e
-    worst = kept - norm - batch.label_tokens * d * e + peak + hidden
-    if shape.norm == "rms":
-        # Or the last norm: five fp32 tensors as large as the hidden states, while everything is still kept.
-        worst = max(worst, kept - batch.label_tokens * d * e + 5 * n * d * _FP32)
+    first = layer - sum(total(part.keeps) for part in shape.layer if not adapted.precedes(part, shape))
+    # Tokens, positions, keys and layout; cos and sin, which the layers share.
+    common = 48 * batch.tokens + (2 * batch.tokens * shape.head_width * e if shape.rotary else 0)
+    end = sum(total(part.keeps) for part in shape.end)
+    # The label positions' gradient that the loss already knows (pipeline/model/head.py).
+    known = 0 if labels else batch.label_tokens * shape.width * e
+    kept = (shape.layers - 1) * layer + first + common + end + known
     if checkpointing:
-        # Each layer's input; where learnt positions are added, the embedding's output too, which was made a leaf.
-        kept = shape.layers * hidden + ends + (hidden if shape.learns_positions else 0)
-        shared = hidden if norm == hidden + _statistics(shape, n) else 0  # the norm keeps the layer's input itself
-        worst = kept - norm - batch.label_tokens * d * e + layer - shared + peak + 2 * hidden
+        # Each layer's input; where something is added to the embedding's output, that too, which was made a leaf.
+        behind = sum(total(part.keeps) for part in shape.embeddings)
+        leaf = hidden if any(part.sizes for part in shape.embeddings if part != shape.table) else 0
+        kept = shape.layers * hidden + leaf + behind + common + end + known
+    worst = kept - known + max((total(part.backward) for part in shape.end), default=0)
+    now = kept - known - end + hidden
+    if checkpointing:
+        now += layer - _shared(shape, adapted, hidden, e) + hidden
+    for part in reversed(shape.layer):
+        worst = max(worst, now + total(part.backward))
+        now -= total(part.keeps) + inputs.get(part.name, 0)
+    # In the forward pass what a recomputed layer keeps stands there for a moment too.
+    inside = max(max(total(part.forward), total(part.keeps) if checkpointing else 0) for part in shape.layer)
+    inside += 2 * hidden if checkpointing else 0
+    return Activations(kept, 0 if labels else _logits(shape, batch, e), inside, worst, _terms(shape, inputs, branches, drops, total))
+
+
+def _logits(shape: Shape, batch: MicroBatch, e: int) -> int:
     rows = min(batch.label_tokens, max(1, CHUNK_LOGITS // shape.vocabulary))
     # Two fp32 tensors of a run of rows; from the second run on, the run before is still there. And the last hidden states.
-    logits = (8 if rows == batch.label_tokens else 12) * rows * shape.vocabulary + batch.label_tokens * d * e + hidden
-    # With nothing kept inside a layer, the activation function's factors and what stands around it.
-    factors = 4 if shape.activation == "new_gelu" else 3
-    inside = factors * n * shape.ffn * e + 2 * hidden if checkpointing else 2 * n * shape.ffn * e
-    return Activations(kept, logits, inside, worst, terms)
+    logits = (8 if rows == batch.label_tokens else 12) * rows * shape.vocabulary
+    return logits + (batch.label_tokens + batch.tokens) * shape.width * e
 
 
-def _layer(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: float) -> tuple[Term, ...]:
-    n, p, d, f = batch.tokens, batch.padded_tokens, shape.width, shape.ffn
-    wide, narrow = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    norm, formula = _norm(shape, n, e), "N D e" if shape.norm == "layer" else "N D 4, in fp32"
-    branches = sum(n * branch.rank * e for branch in adapted.branches)
-    # In the base's dtype for each pass: B times its scale, and A where that is not fp32.
+def _branches(shape: Shape, adapted: Adapted, n: int, e: int) -> int:
+    """A's outputs, and in the base's dtype for each pass: B times its scale, and A where that is not fp32."""
     cast = adapted.layer_parameters(shape) if e != _FP32 else adapted.layer_outputs
-    # Of GPT-2's 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh (NewGELUActivation). Of silu(x) y: x, silu(x) and y.
-    factors = 4 if shape.activation == "new_gelu" else 3
-    terms = [
-        Term("first norm", formula, norm, 0),
-        Term("queries, keys, values", "P (H + 2 Hkv) Dh e", p * (wide + 2 * narrow) * e, 1),
-        Term("attention's output", "P H Dh e + 4 P H", p * wide * e + _FP32 * p * shape.heads, 1),
-        Term("second norm", formula, norm, 3),
-        Term("activation function", f"{factors} N F e", factors * n * f * e, 4),
-        Term("inputs of branches", "N K e (2 N K e each with dropout)", _branch_inputs(shape, adapted, n, e)),
-        Term("branches", "N R e each, and A, B in the base's dtype", branches + cast * e),
-    ]
-    return (*terms, Term("the base's dropout", "2 N D e", 2 * n * d * e)) if dropout else tuple(terms)
+    return sum(n * branch.rank * e for branch in adapted.branches) + cast * e
 
 
-def _branch_inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> int:
-    """A branch keeps its input for the gradient of A; branches that read the same keep it once, unless each drops its own."""
+def _branch_inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> dict[str, int]:
+    """By part. A branch keeps its input for the gradient of A; those that read the same keep it once, unless each drops its own."""
     if adapted.dropout:
-        return sum(2 * n * part.inputs * e for part in shape.layer for _ in adapted.of(part))
-    read: dict[int, Part] = {part.stage: part for part in shape.layer if adapted.of(part)}
-    return sum(n * part.inputs * e for part in read.values())
+        return {part.name: 2 * n * part.inputs * e * len(adapted.of(part)) for part in shape.layer if adapted.of(part)}
+    read = {(part.stage, part.lane): part for part in reversed(shape.layer) if adapted.of(part)}
+    return {part.name: n * part.inputs * e for part in read.values()}
 
 
-def _norm(shape: Shape, n: int, e: int) -> int:
-    """What one norm keeps: its input (Llama's makes an fp32 copy of it) and its statistics."""
-    return n * shape.width * (_FP32 if shape.norm == "rms" else e) + _statistics(shape, n)
+def _shared(shape: Shape, adapted: Adapted, hidden: int, e: int) -> int:
+    """Of what a layer keeps, its own input, which checkpointing has kept already."""
+    reads = [part for part in shape.layer if part.stage == 0 and part.keeps]
+    if reads:
+        return hidden if reads[0].keeps[0].elements or e == _FP32 else 0
+    first = any(adapted.of(part) for part in shape.layer if part.stage == 1)
+    return hidden if first and not adapted.dropout else 0
 
 
-def _statistics(shape: Shape, n: int) -> int:
-    return n * _FP32 * (2 if shape.norm == "layer" else 1)
+def _terms(
+    shape: Shape, inputs: dict[str, int], branches: int, drops: int, total: Callable[[tuple[Kept, ...]], int]
+) -> tuple[Term, ...]:
+    terms = [Term(kept.what, kept.formula, total((kept,))) for part in shape.layer for kept in part.keeps]
+    terms += [
+        Term("inputs of branches", "N K e (2 N K e each with dropout)", sum(inputs.values())),
+        Term("branches", "N R e each, and A, B in the base's dtype", branches),
+    ]
+    if drops:
+        terms.append(Term("the base's dropout", "2 N D e", drops))
+    return tuple(term for term in terms if term.bytes)

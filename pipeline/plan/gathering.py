@@ -63,9 +63,13 @@ class _Visit:
     """Backward: a post-backward hook fires, because the module's input has a gradient."""
 
 
-def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, checkpointing: bool) -> Gathered:
-    """Of one micro-batch in a step after the first two."""
-    sizes, visits = _trace(shape, adapted, checkpointing)
+def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False) -> Gathered:
+    """Of one micro-batch in a step after the first two.
+
+    Args:
+        labels: a task's own head takes the place of the vocabulary projection.
+    """
+    sizes, visits = _trace(shape, adapted, checkpointing, labels)
     between = sum(size for size in sizes if size <= prefetch.persistence)
     if ranks == 1:
         # One rank owns everything: gathering makes no copy.
@@ -78,7 +82,7 @@ def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, che
     return Gathered(follower.most["forward"], follower.most["head"], follower.most["backward"], between, follower.fetched)
 
 
-def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[int, ...], list[_Visit]]:
+def _trace(shape: Shape, adapted: Adapted, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit]]:
     """Sizes of all parameters, and the visits of modules, in the order of a micro-batch."""
     sizes: list[int] = []
 
@@ -88,17 +92,19 @@ def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[i
         return tuple(range(first, len(sizes)))
 
     embeddings = [take(part) for part in shape.embeddings]
+    table = shape.embeddings.index(shape.table)
     layers = [[take(part) for part in shape.layer] for _ in range(shape.layers)]
-    end = take(shape.end)
-    head = embeddings[0] if shape.tied else take(shape.head)
+    end = [take(part) for part in shape.end]
+    head = embeddings[table] if shape.tied else take(shape.head) if shape.head else ()
     # The root and the body have no parameters of their own.
     visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
     for number, layer in enumerate(layers):
         visits += [_Visit(each, "forward", number) for each in layer]
-    # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
-    visits += [_Visit(end, "forward", -1), _Visit(head, "forward", -1)]
-    visits += [_Visit((), "backward", -1)] * 2 + [_Visit(end, "backward", -1)]
-    stages = [part.stage for part in shape.layer if adapted.of(part)]
+    visits += [_Visit(each, "forward", -1) for each in end]
+    if not labels:
+        # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
+        visits.append(_Visit(head, "forward", -1))
+    visits += [_Visit((), "backward", -1)] * 2 + [_Visit(each, "backward", -1) for each in reversed(end)]
     for number in reversed(range(shape.layers)):
         pairs = list(zip(shape.layer, layers[number], strict=True))
         if checkpointing:
@@ -108,15 +114,18 @@ def _trace(shape: Shape, adapted: Adapted, checkpointing: bool) -> tuple[tuple[i
             pairs = pairs[1:]
         for part, each in _backward(pairs):
             # In the first layer nothing before the first branch has a gradient, unless checkpointing gives the embeddings one.
-            inner = checkpointing or number > 0 or any(stage < part.stage for stage in stages)
+            inner = checkpointing or number > 0 or adapted.precedes(part, shape)
             if inner or adapted.of(part):
                 visits.append(_Visit(each, "backward", number, inner))
         if checkpointing:
             # What was recomputed belongs to the layer and leaves with it.
             visits.append(_Visit(tuple(p for each in layers[number] for p in each), "release", number))
     if checkpointing:
+        # What stands between the token embedding and the layers has a gradient too.
+        behind = zip(shape.embeddings[table + 1 :], embeddings[table + 1 :], strict=True)
+        visits += [_Visit(each, "backward", -1) for part, each in reversed(list(behind)) if part.inputs or part.keeps]
         # Its output is made a leaf with a gradient (pipeline/model/build.py), so a hook gathers it for a backward pass it does not have.
-        visits.append(_Visit(embeddings[0], "backward", -1, leaves=False))
+        visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
     return tuple(sizes), visits
 
 

@@ -57,7 +57,7 @@ class Setting:
     @property
     def trained(self) -> int:
         """Trained elements."""
-        return self.shape.layers * self.adapted.layer_parameters(self.shape) + self.head_outputs * self.shape.width
+        return self.shape.layers * self.adapted.layer_parameters(self.shape) + self.shape.head_parameters(self.head_outputs)
 
     @property
     def base_bytes(self) -> int:
@@ -143,11 +143,12 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     """
     shape, e, gpu = asked.shape, asked.element_bytes, asked.gpu
     batch = batch or _full(asked)
-    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout)
+    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs))
     if asked.head_outputs:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3
-    found = _gathered(shape, asked.adapted, asked.prefetch, min(asked.ranks, 8), asked.checkpointing) if sharded else _NOTHING
+    own_head, seen = bool(asked.head_outputs), min(asked.ranks, 8)
+    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head) if sharded else _NOTHING
     base = (shard(shape.sizes, asked.ranks) if sharded else shape.parameters) * e
     on_device = 0 if asked.offload and sharded and gpu.name != "cpu" else base
     delta = asked.trained * _FP32
@@ -194,8 +195,9 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
 
 
 def _full(asked: Setting) -> MicroBatch:
-    n = asked.micro_batch_tokens
-    return MicroBatch(n, n, max(1, n // asked.example_tokens) if asked.head_outputs else n)
+    n, length = asked.micro_batch_tokens, asked.example_tokens
+    examples = max(1, n // length)
+    return MicroBatch(n, n, examples if asked.head_outputs else n, examples, length, n * length)
 
 
 _NOTHING = Gathered(0, 0, 0, 0, 0)

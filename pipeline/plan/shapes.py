@@ -1,23 +1,35 @@
-"""The shapes of a base from its config.json alone: every parameter, in the order in which a pass uses it. No torch, no transformers.
+"""The shape of a base: every parameter in the order in which a pass uses it, and what each module keeps. No torch, no transformers.
 
-In: a config.json (with weights beside it or not). Out: `Shape`. One entry of `_FAMILIES` adds a family; it mirrors
-pipeline/model/families.py and transformers' model code, and tests hold it to both.
+pipeline/plan/families.py makes one from a config.json. N tokens of a micro-batch, P of them as attention sees them (padded), S pairs of
+tokens that attend to each other; e bytes of an element of the base.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Lora
 
-Norm = Literal["layer", "rms"]
-Activation = Literal["new_gelu", "gated_silu"]
+Counted = Literal["token", "padded", "pair", "square", "windowed", "windowed square", "example"]
+"""A token, one as attention sees it, a pair of such, a pair of one example, padded tokens and such pairs where an example is longer than
+the window, an example."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Elements that a module holds, for each of what is counted."""
+
+    what: str
+    formula: str
+    elements: float = 0
+    """In the base's dtype."""
+    fp32: float = 0
+    bytes: float = 0
+    """Of anything else."""
+    of: Counted = "token"
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,30 @@ class Part:
     """What equal runs of its output rows are called."""
     stage: int = 0
     """Parts of a layer that read the same input have the same number; a higher one reads what a lower one made."""
+    lane: int = 0
+    """Parts in different lanes stand beside one another; those of lane 0 are in line with all."""
     inside: int = 0
     """So many of the parts after it are inside it."""
+    keeps: tuple[Kept, ...] = ()
+    """From the forward to the backward pass."""
+    forward: tuple[Kept, ...] = ()
+    """For a moment of the forward pass, beside what it keeps."""
+    backward: tuple[Kept, ...] = ()
+    """For a moment of the backward pass, beside what it keeps."""
+
+    def reads(self, other: Part) -> bool:
+        """What the other made, at one remove or more."""
+        return other.stage < self.stage and (self.lane == other.lane or 0 in (self.lane, other.lane))
+
+
+@dataclass(frozen=True)
+class LabelHead:
+    """A task's own head: a map to its outputs, and for some architectures one of the base's width before it."""
+
+    dense: bool = False
+    bias: bool = False
+    width: int | None = None
+    """Of the hidden states that it reads, where that is not the base's."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +83,47 @@ class Shape:
     head_width: int
     vocabulary: int
     context: int
-    norm: Norm
-    activation: Activation
-    tied: bool
-    """The head is the token embedding."""
     embeddings: tuple[Part, ...]
-    """The token embedding first."""
+    """The token embedding is the first of them with parameters."""
     layer: tuple[Part, ...]
-    end: Part
-    """The norm after the last layer."""
-    head: Part
+    end: tuple[Part, ...]
+    """Behind the last layer."""
+    head: Part | None
+    """The vocabulary projection. None: an encoder, which has none here."""
+    tied: bool = False
+    """The head is the token embedding."""
+    rotary: bool = False
+    """Its positions are rotations."""
+    packs: bool = True
+    """Examples lie end to end; else they are padded to the longest."""
+    label_head: LabelHead = LabelHead()
+    window: int | None = None
+    """Tokens that some layers look back over."""
+    notes: tuple[str, ...] = ()
+    """What of it is a guess, and what cannot be done with it."""
+    counted: int | None = None
+    """Parameters, where that is known better than from its parts."""
+    extra: tuple[int, ...] = ()
+    """Parameters that belong to no layer and no part above, such as a mixture's experts."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Elements of every parameter, a tied one once."""
         layer = tuple(chain.from_iterable(part.sizes for part in self.layer))
-        embeddings = tuple(chain.from_iterable(part.sizes for part in self.embeddings))
-        return embeddings + layer * self.layers + self.end.sizes + (() if self.tied else self.head.sizes)
+        outside = tuple(chain.from_iterable(part.sizes for part in (*self.embeddings, *self.end)))
+        head = self.head.sizes if self.head and not self.tied else ()
+        found = outside + layer * self.layers + head + self.extra
+        rest = (self.counted or 0) - sum(found)
+        return (*found, rest) if rest > 0 else found
 
     @property
     def parameters(self) -> int:
         return sum(self.sizes)
 
     @property
-    def learns_positions(self) -> bool:
-        return sum(bool(part.sizes) for part in self.embeddings) > 1
+    def table(self) -> Part:
+        """The token embedding."""
+        return next(part for part in self.embeddings if part.sizes)
 
     @property
     def matmul_parameters(self) -> int:
@@ -87,114 +137,12 @@ class Shape:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return tuple(role for part in self.layer for role in part.roles)
+        return tuple(dict.fromkeys(role for part in self.layer for role in part.roles))
 
-
-def read_shape(folder: Path) -> Shape:
-    """The shape that a folder's config.json describes.
-
-    Raises:
-        JobError: no such file, not readable, or an architecture that is not in the table.
-    """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JobError(f"{file}: cannot be read ({error}). Fetch the base again, or name a folder with a config.json.") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in _FAMILIES:
-        raise JobError(
-            f'{file}: architecture "{family}" is not known to the plan. Known are {", ".join(sorted(_FAMILIES))}; '
-            "one entry in pipeline/plan/shapes.py adds another."
-        )
-    try:
-        return _FAMILIES[family](config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise JobError(f"{file}: has no usable {error}. Fetch the base again.") from None
-
-
-def _linear(name: str, inputs: int, outputs: int, bias: bool, roles: tuple[str, ...], stage: int) -> Part:
-    return Part(name, (inputs * outputs, outputs) if bias else (inputs * outputs,), inputs, outputs, roles, stage)
-
-
-def _gpt2(config: dict[str, Any]) -> Shape:
-    # transformers' own defaults, which a config.json may leave out.
-    width = _first(config, "n_embd", "hidden_size", default=768)
-    layers, heads = _first(config, "n_layer", default=12), _first(config, "n_head", default=12)
-    vocabulary, context = _first(config, "vocab_size", default=50257), _first(config, "n_positions", default=1024)
-    ffn = config.get("n_inner") or 4 * width
-    activation = config.get("activation_function", "gelu_new")
-    if activation != "gelu_new":
-        raise KeyError(f'activation "{activation}"')
-    norm = (width, width)
-    layer = (
-        Part("", inside=10, stage=6),
-        Part("ln_1", norm, stage=0),
-        Part("attn", inside=3, stage=3),
-        _linear("attn.c_attn", width, 3 * width, True, ("q", "k", "v"), 1),
-        _linear("attn.c_proj", width, width, True, ("o",), 2),
-        Part("attn.resid_dropout", stage=3),
-        Part("ln_2", norm, stage=3),
-        Part("mlp", inside=4, stage=6),
-        _linear("mlp.c_fc", width, ffn, True, ("mlp_in",), 4),
-        Part("mlp.act", stage=5),
-        _linear("mlp.c_proj", ffn, width, True, ("mlp_out",), 5),
-        Part("mlp.dropout", stage=6),
-    )
-    table = Part("wte", (vocabulary * width,))
-    return Shape(
-        "gpt2", layers, width, ffn, heads, heads, width // heads, vocabulary, context, "layer", "new_gelu",
-        tied=config.get("tie_word_embeddings", True),
-        embeddings=(table, Part("wpe", (context * width,)), Part("drop")),
-        layer=layer,
-        end=Part("ln_f", norm),
-        head=Part("lm_head", (vocabulary * width,), width, vocabulary),
-    )  # fmt: skip
-
-
-def _llama(config: dict[str, Any]) -> Shape:
-    family = config["model_type"]
-    width, ffn = _first(config, "hidden_size", default=4096), _first(config, "intermediate_size", default=11008)
-    layers, heads = _first(config, "num_hidden_layers", default=32), _first(config, "num_attention_heads", default=32)
-    kv_heads = config.get("num_key_value_heads") or {"mistral": 8}.get(family, heads)
-    head_width = config.get("head_dim") or width // heads
-    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    # Qwen2 has biases on q, k and v, always.
-    bias_in = bias or family == "qwen2"
-    vocabulary, context = _first(config, "vocab_size", default=32000), _first(config, "max_position_embeddings", default=2048)
-    if config.get("hidden_act", "silu") != "silu":
-        raise KeyError(f'activation "{config["hidden_act"]}"')
-    layer = (
-        Part("", inside=12, stage=6),
-        Part("input_layernorm", (width,), stage=0),
-        Part("self_attn", inside=4, stage=3),
-        _linear("self_attn.q_proj", width, heads * head_width, bias_in, ("q",), 1),
-        _linear("self_attn.k_proj", width, kv_heads * head_width, bias_in, ("k",), 1),
-        _linear("self_attn.v_proj", width, kv_heads * head_width, bias_in, ("v",), 1),
-        _linear("self_attn.o_proj", heads * head_width, width, bias, ("o",), 2),
-        Part("post_attention_layernorm", (width,), stage=3),
-        Part("mlp", inside=4, stage=6),
-        _linear("mlp.gate_proj", width, ffn, mlp_bias, ("mlp_gate",), 4),
-        Part("mlp.act_fn", stage=5),
-        _linear("mlp.up_proj", width, ffn, mlp_bias, ("mlp_in",), 4),
-        _linear("mlp.down_proj", ffn, width, mlp_bias, ("mlp_out",), 5),
-    )
-    return Shape(
-        family, layers, width, ffn, heads, kv_heads, head_width, vocabulary, context, "rms", "gated_silu",
-        tied=config.get("tie_word_embeddings", False),
-        embeddings=(Part("embed_tokens", (vocabulary * width,)), Part("rotary_emb")),
-        layer=layer,
-        end=Part("norm", (width,)),
-        head=Part("lm_head", (vocabulary * width,), width, vocabulary),
-    )  # fmt: skip
-
-
-def _first(config: dict[str, Any], *names: str, default: int) -> int:
-    """The first of these keys that the config has."""
-    return int(next((config[name] for name in names if config.get(name) is not None), default))
-
-
-_FAMILIES: dict[str, Callable[[dict[str, Any]], Shape]] = {"gpt2": _gpt2, "llama": _llama, "mistral": _llama, "qwen2": _llama}
+    def head_parameters(self, outputs: int) -> int:
+        """Trained elements of a task's own head."""
+        width, bias = self.label_head.width or self.width, int(self.label_head.bias)
+        return (self.label_head.dense * width * (width + 1) + outputs * (width + bias)) if outputs else 0
 
 
 @dataclass(frozen=True)
@@ -219,6 +167,10 @@ class Adapted:
     def layer_parameters(self, shape: Shape) -> int:
         """Trained elements of a layer."""
         return sum(branch.rank * (part.inputs + branch.rows) for part in shape.layer for branch in self.of(part))
+
+    def precedes(self, part: Part, shape: Shape) -> bool:
+        """Something trained comes before a part of its own layer."""
+        return any(part.reads(other) for other in shape.layer if self.of(other))
 
     @property
     def layer_outputs(self) -> int:
