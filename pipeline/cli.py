@@ -91,6 +91,27 @@ def plan(
 
 
 @app.command()
+def methods(
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="Folder or hub id of a base; the paper's list when absent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count what each method trains, from shapes alone: the LoRA paper's list beside its printed figures, or every method on a base.
+
+    Example: zlora methods --base gpt2-medium
+    """
+    from pipeline.counting import make_counts, show_counts
+    from pipeline.screen import Screen
+
+    counts = make_counts(base)
+    if as_json:
+        print(json.dumps(counts))
+        return
+    show_counts(counts, Screen(sys.stdout))
+
+
+@app.command()
 def fetch(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Download a job's base and data into the hub's cache, so that ranks need no network. Interrupted? The same again goes on.
 

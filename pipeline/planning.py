@@ -22,7 +22,7 @@ from pipeline.plan.paper import figures, is_gpt3
 from pipeline.plan.families import read_shape
 from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
-from pipeline.weights.hub import fetch
+from pipeline.weights.hub import local_config
 
 SCHEMA_VERSION = 1
 
@@ -45,7 +45,8 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
         raise JobError(f"--nodes {nodes}: more than the {ranks} GPUs of --gpus. Name the GPUs of all nodes together.")
     first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
     labels = labels_of(first)
-    shape, zero = read_shape(_folder(job)), None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config))
+    folder = local_config(job.base.model, job.base.revision)
+    shape, zero = read_shape(folder), None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config))
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(
@@ -57,12 +58,6 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
         asked = on(asked, row, fewest or row.per_node)
         asked = replace(asked, nodes=nodes or asked.nodes)
     return _plan(job, asked, zero, fewest)
-
-
-def _folder(job: Job) -> Path:
-    if Path(job.base.model).is_dir():
-        return Path(job.base.model)
-    return fetch(job.base.model, job.base.revision, "model", ("config.json",), ("config.json",)).folder
 
 
 def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:

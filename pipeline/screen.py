@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -57,6 +57,17 @@ class Screen:
         table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
         for name, value in rows:
             table.add_row(Text(f"  {name}"), value if isinstance(value, Text) else Text(value))
+        self._console.print(table)
+
+    def columns(self, title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Named columns: words on the left, numbers on the right."""
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+        rows = list(rows)
+        for place, name in enumerate(names):
+            number = any(row[place][:1].isdigit() and place > 1 for row in rows)
+            table.add_column(Text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*(Text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
         self._console.print(table)
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:

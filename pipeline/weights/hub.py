@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.job.errors import JobError
+from pipeline.job.files import known_base
 
 Kind = Literal["model", "dataset"]
 Bar = Callable[[int, Callable[[], int]], AbstractContextManager[None]]
@@ -61,6 +62,18 @@ def local_tokenizer(model: str, revision: str | None) -> Path:
         JobError: as above.
     """
     return _without_weights(model, revision).folder
+
+
+def local_config(model: str, revision: str | None) -> Path:
+    """A folder with the base's config.json, for whoever needs its shape only; the paper's bases are here without a network.
+
+    Raises:
+        JobError: as above.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    known = known_base(model) if revision is None else None
+    return known or fetch(model, revision, "model", ("config.json",), ("config.json",)).folder
 
 
 def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
