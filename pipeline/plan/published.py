@@ -90,7 +90,7 @@ def _encoders() -> Iterator[Row]:
 
 def _gpt3() -> Iterator[Row]:
     untied = "tied head; with a head of its own GPT-3 has 175,221.8 M, and the paper's 34 M more are not explained"
-    twelve = "of q, k, v, o, MLP and norms a layer has 11 d; the printed figure is that of 12 d, which the paper does not explain"
+    twelve = "a layer has 11 d of biases; the printed figure is that of 12 d, which the paper does not explain"
     yield Row(_GPT3, "FT", (Full(kind="full"),), "175,255.8", untied)
     yield Row(_GPT3, "BitFit", (BitFit(kind="bitfit"),), "14.2", twelve)
     for prefix, infix, printed in ((32, 8, "0.4"), (64, 8, "0.9"), (128, 8, "1.7"), (256, 8, "3.2"), (512, 8, "6.4")):

@@ -45,8 +45,8 @@ def test_people_read_both_figures_and_the_reason(tmp_path):
     (tmp_path / "gpt2-medium").mkdir()
     lines = call(tmp_path).stdout.splitlines()
     fine, tune = (next(line for line in lines if line.split()[:1] == [name]) for name in ("LoRA", "FT"))
-    assert fine.split() == "LoRA q v, rank 4 393,216 0.111 % 0.39 M 0.35 M ≠ [7]".split()
-    assert tune.split() == "FT 354,823,168 100 % 354.82 M 354.92 M ≠ [1]".split()
+    assert " ".join(fine.split()) == "LoRA q v, rank 4 393,216 0.111 % 0.39 M 0.35 M ≠ [7]"
+    assert " ".join(tune.split()) == "FT 354,823,168 100 % 354.82 M 354.92 M ≠ [1]"
     assert "  [7] the printed figure is 0.1 % of the model" in lines
     assert max(map(len, lines)) <= 120
 
