@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 from pathlib import Path
 from typing import get_args
@@ -11,8 +12,11 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
+from pipeline.counting import make_counts, show_counts
+from pipeline.job.method import Adapter, Method
 from pipeline.job.read import read_job
 from pipeline.job.task import Task
+from pipeline.screen import Screen
 from pipeline.tasks.open import sources_of
 from tests.tasks.reading import read_examples
 
@@ -24,6 +28,18 @@ def test_the_page_of_job_keys_is_the_code(monkeypatch):
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     assert (ROOT / "docs" / "jobs.md").read_text() == maker.page(), "run: python docs/make_jobs.py"
+
+
+def test_the_page_of_methods_has_every_kind_and_what_the_command_prints():
+    page, printed = (ROOT / "docs" / "methods.md").read_text(), io.StringIO()
+    kinds = [kind for method in get_args(get_args(Method)[0]) for kind in get_args(method.model_fields["kind"].annotation)]
+    assert len(kinds) == 7
+    placements = get_args(Adapter.model_fields["placement"].annotation)
+    for name in [*(f"`{kind}`" for kind in kinds if kind != "adapter"), *(f"`adapter`, `{placement}`" for placement in placements)]:
+        assert f"\n| {name} |" in page, name
+    show_counts(make_counts(None), Screen(printed))
+    lines = [line.rstrip() for line in printed.getvalue().strip().splitlines()]
+    assert page.partition("```\n")[2].removesuffix("```\n").splitlines() == lines, "put the output of zlora methods there"
 
 
 def test_the_pages_of_tasks_and_data_have_every_kind():
@@ -124,7 +140,7 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
         assert f"`pipeline/{room}/`" in readme
     pages = index + (ROOT / "docs" / "generate.md").read_text()
     commands = get_command(app).commands
-    assert set(commands) == {"check", "fetch", "data", "plan", "train", "evaluate", "generate", "score", "merge"}
+    assert set(commands) == {"check", "fetch", "data", "plan", "methods", "train", "evaluate", "generate", "score", "merge"}
     for name, command in commands.items():
         assert f"`zlora {name} " in index
         for option in command.params:

@@ -1,4 +1,4 @@
-"""The wheel works in another environment and from any folder, and brings ds_configs/ and slurm/ along."""
+"""The wheel works in another environment and from any folder, and brings ds_configs/, slurm/ and the paper's shapes along."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.job.files import BASES
 from tests.training import write_job
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,7 @@ def test_the_wheel_holds_the_package_and_its_files_only(wheel):
         shipped = {f"pipeline/{folder}/{file.name}" for file in (ROOT / folder).iterdir()}
         assert shipped
         assert shipped <= set(names)
+    assert {f"pipeline/{file.relative_to(ROOT / 'pipeline')}" for file in BASES.glob("*/config.json")} <= set(names)
     assert {name.split("/")[0] for name in names} == {"pipeline", f"zlora-{wheel.name.split('-')[1]}.dist-info"}
 
 
@@ -55,5 +57,7 @@ def test_it_runs_from_any_folder_of_another_environment(wheel, gpt2_base, tmp_pa
     assert where.stdout.startswith(str(site))
     done = subprocess.run([python, "-m", "pipeline", "train", job, "--set", "train.steps=1"], cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    counted = subprocess.run([python, "-m", "pipeline", "methods"], cwd=elsewhere, capture_output=True, text=True)
+    assert "gpt3-175b: 174,604,259,328 parameters" in counted.stdout
     resolved = (elsewhere / "runs" / "job" / "job.toml").read_text()
     assert str(site / "pipeline" / "ds_configs" / "zero3.json") in resolved
