@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, Method, PrefixEmbed, PrefixLayer
@@ -95,9 +94,8 @@ def _trains(shape: Shape, method: Method, parameter: _Parameter) -> bool:
 
 
 def _parameters(shape: Shape) -> Iterator[_Parameter]:
-    """Every one, a tied one once."""
-    head = () if shape.head is None or shape.tied else (shape.head,)
-    for part in chain(shape.embeddings, shape.end, head):
+    """Every one but the head's, which is no bias."""
+    for part in (*shape.embeddings, *shape.end):
         yield from _of_part(part, None)
     for layer in range(shape.layers):
         for part in shape.layer:
