@@ -350,7 +350,7 @@ def import_(
 ) -> None:
     """Make a delta of a checkpoint of loralib's, the paper's own library, or of a LoRA that PEFT saved; its head too.
 
-    Example: zlora import roberta_base_lora_mnli.bin --base roberta-base --alpha 16 --labels entailment,neutral,contradiction --out mnli
+    Example: zlora import mnli.bin --base roberta-base --alpha 16 --out mnli
     """
     from pipeline.importing import import_delta
     from pipeline.screen import Screen
