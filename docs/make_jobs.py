@@ -43,8 +43,9 @@ A job is one TOML file. `base.model`, a method and a task are enough; every othe
 methods make a combination. Paths are relative to the folder the command runs in. `zlora check JOB` prints a job with everything filled in;
 `--set train.steps=20` changes a key for one run (`--set methods.0.rank=16` for a method).
 
-`extends = "other.toml"` as a file's first line lays it over another, named from its own folder: a section's keys are laid over one by
-one; lists (`[[methods]]` too) and sections of another `kind` take the place of the whole. The resolved job in a run folder stands alone.
+`extends = "other.toml"` as a file's first line lays it over another, named from its own folder; `extends = ["task.toml", "method.toml"]`
+over several, a later one over an earlier one. A section's keys are laid over one by one; lists (`[[methods]]` too) and sections of another
+`kind` take the place of the whole. The resolved job in a run folder stands alone. The paper's [jobs](../jobs/README.md) are built so.
 
 This page is made from the program's own types by `docs/make_jobs.py`.
 """

@@ -335,6 +335,35 @@ def merge(
     Screen(sys.stdout).table("done", rows)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="A loralib checkpoint, or the folder of a LoRA that PEFT saved.")],
+    base: Annotated[str, typer.Option("--base", metavar="BASE", help="Folder or hub id of the base that it was trained on.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the delta goes; absent or empty.")],
+    alpha: Annotated[float | None, typer.Option(min=0.0, help="Of a loralib checkpoint, which does not hold it.")] = None,
+    parts: Annotated[str, typer.Option(metavar="q,v", help="What a loralib checkpoint's pairs of a fused map are of, in its order.")] = "",
+    labels: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Names of the classes of its head, in its order; LABEL_0, ... when absent.")
+    ] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a delta of a checkpoint of loralib's, the paper's own library, or of a LoRA that PEFT saved; its head too.
+
+    Example: zlora import mnli.bin --base roberta-base --alpha 16 --out mnli
+    """
+    from pipeline.importing import import_delta
+    from pipeline.screen import Screen
+
+    chosen, names = (tuple(filter(None, text.split(","))) for text in (parts, labels))
+    found = import_delta(source, base, revision, out, alpha, chosen, names)
+    if as_json:
+        print(json.dumps(found))
+        return
+    rows = [("delta", found["delta"]), ("modules", str(found["modules"])), ("parameters", f"{found['parameters']:,}")]
+    Screen(sys.stdout).table("imported", [*rows, ("head", ", ".join(found["labels"] or found["head"]) or "none")])
+
+
 @app.command()
 def score(
     task: Annotated[

@@ -140,7 +140,7 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
         assert f"`pipeline/{room}/`" in readme
     pages = index + (ROOT / "docs" / "generate.md").read_text()
     commands = get_command(app).commands
-    assert set(commands) == {"check", "fetch", "data", "plan", "methods", "train", "evaluate", "generate", "score", "merge"}
+    assert set(commands) == {"check", "fetch", "data", "plan", "methods", "train", "evaluate", "generate", "score", "merge", "import"}
     for name, command in commands.items():
         assert f"`zlora {name} " in index
         for option in command.params:

@@ -1,7 +1,7 @@
-"""A job's TOML file -> its keys, with those of the file that it extends underneath.
+"""A job's TOML file -> its keys, with those of the files that it extends underneath.
 
-`extends = "other.toml"` names a file beside this one, or a path from here. Sections are laid over one another key by key; a list, `methods`
-among them, and a section of another kind take the place of the whole.
+`extends = "other.toml"` names a file beside this one, or a path from here; of several, a later one lies over an earlier one. Sections
+are laid over one another key by key; a list, `methods` among them, and a section of another kind take the place of the whole.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ Keys = dict[str, Any]
 class Asked:
     keys: Keys
     file: Path
-    under: Asked | None
-    """What this file extends."""
+    under: tuple[Asked, ...]
+    """What this file extends, the uppermost last."""
 
     def origin(self, path: list[str]) -> Path:
         """The file that gives a key, or the section that lacks it."""
@@ -40,7 +41,7 @@ class Asked:
             place = place[part]
         else:
             return self.file
-        return self.under.origin(path) if self.under and self.under.has(path) else self.file
+        return next((under.origin(path) for under in reversed(self.under) if under.has(path)), self.file)
 
     def has(self, path: list[str]) -> bool:
         place: Any = self.merged
@@ -55,11 +56,14 @@ class Asked:
     @property
     def merged(self) -> Keys:
         """All keys, as one file would have them."""
-        return laid_over(self.under.merged, self.keys) if self.under else self.keys
+        return reduce(laid_over, (*(under.merged for under in self.under), self.keys))
 
 
 def read_toml(file: Path, above: tuple[Path, ...] = ()) -> Asked:
     """A job file and those that it extends.
+
+    Args:
+        above: those that lead here.
 
     Raises:
         JobError: no such file, not TOML, or one that extends itself.
@@ -73,15 +77,14 @@ def read_toml(file: Path, above: tuple[Path, ...] = ()) -> Asked:
         keys = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{file}: not valid TOML: {error}.") from None
-    if "extends" not in keys:
-        return Asked(keys, file, None)
-    named = keys.pop("extends")
-    if not isinstance(named, str):
-        raise JobError(f"{file}: extends = {json.dumps(named, default=str)}: not text. Name one file.")
-    other = file.parent / named
-    if other.resolve() in [place.resolve() for place in (*above, file)]:
-        raise JobError(f'{file}: extends = "{named}": the files extend one another in a circle. Let one of them stand alone.')
-    return Asked(keys, file, read_toml(other, (*above, file)))
+    named = keys.pop("extends", [])
+    names = named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) for name in names):
+        raise JobError(f"{file}: extends = {json.dumps(named, default=str)}: not text. Name a file, or several in brackets.")
+    for name in names:
+        if (file.parent / name).resolve() in [place.resolve() for place in (*above, file)]:
+            raise JobError(f'{file}: extends = "{name}": the files extend one another in a circle. Let one of them stand alone.')
+    return Asked(keys, file, tuple(read_toml(file.parent / name, (*above, file)) for name in names))
 
 
 def laid_over(under: Keys, over: Keys) -> Keys:

@@ -29,6 +29,12 @@ def read(text, *overrides):
     return read_job(write("jobs/job.toml", f'extends = "common.toml"\n{text}'), overrides)
 
 
+def refused_file(text):
+    with pytest.raises(JobError) as caught:
+        read_job(write("jobs/job.toml", text))
+    return str(caught.value)
+
+
 def refused(text, *overrides):
     with pytest.raises(JobError) as caught:
         read(text, *overrides)
@@ -70,6 +76,20 @@ def test_files_extend_others_in_a_row_each_from_its_own_folder():
     assert (job.train.seed, job.train.clip_norm, job.train.batch_examples) == (2, 0.0, 4)
 
 
+def test_of_several_files_a_later_one_lies_over_an_earlier_one():
+    write("jobs/method.toml", '[[methods]]\nkind = "lora"\nrank = 2\n[train]\nseed = 8\nsteps = 9\n')
+    job = read_job(write("jobs/job.toml", 'extends = ["common.toml", "method.toml"]\n[train]\nclip_norm = 0.0\n'))
+    assert (job.methods[0].rank, job.evaluate.beams) == (2, 4)
+    assert (job.train.seed, job.train.steps, job.train.epochs, job.train.batch_examples, job.train.clip_norm) == (8, 9, None, 4, 0.0)
+    job = read_job(write("jobs/job.toml", 'extends = ["method.toml", "common.toml"]\n'))
+    assert (job.methods[0].rank, job.train.seed, job.train.epochs) == (8, 7, 3.0)
+    write("jobs/method.toml", '[[methods]]\nkind = "lora"\nrank = 0\n[train]\nseed = -1\n')
+    message = refused_file('extends = ["common.toml", "method.toml"]\n[train]\nseed = 1\n')
+    assert message.startswith("jobs/method.toml: methods[0].rank = 0: ")
+    message = refused_file('extends = ["method.toml", "common.toml"]\n[train]\nseed = -1\n')
+    assert message.startswith("jobs/job.toml: train.seed = -1: ")
+
+
 def test_a_mistake_is_told_by_its_file():
     assert refused("[train]\nsed = 1\n").startswith('jobs/job.toml: train.sed: unknown key. Did you mean "seed"?')
     write("jobs/common.toml", SHORT + "[train]\nseed = -1\n")
@@ -85,6 +105,8 @@ def test_a_mistake_is_told_by_its_file():
     [
         ('"absent.toml"', 'jobs/job.toml: extends = "jobs/absent.toml": there is no such file'),
         ("3", "jobs/job.toml: extends = 3: not text"),
+        ('["common.toml", 3]', 'jobs/job.toml: extends = ["common.toml", 3]: not text'),
+        ('["common.toml", "job.toml"]', 'jobs/job.toml: extends = "job.toml": the files extend one another in a circle'),
         ('"job.toml"', 'jobs/job.toml: extends = "job.toml": the files extend one another in a circle'),
     ],
 )

@@ -1,0 +1,178 @@
+"""`zlora import`: a delta of another tool, and the base it is of -> our delta folder, checked against the base's architecture.
+
+No weights are loaded: modules come from config.json, tensors' names and shapes from the files' headers. Shapes: A [R, K], B [D, R].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from pipeline.deltas.foreign import Foreign, read_foreign, unfused
+from pipeline.job.errors import JobError
+from pipeline.methods.dropout import DropoutClock
+from pipeline.methods.head import TaskHead, draw_head
+from pipeline.model.build import build
+from pipeline.model.config import read_config
+from pipeline.model.families import Family
+from pipeline.model.linear import FrozenLinear
+from pipeline.model.names import find
+from pipeline.weights.atomic import refuse_filled
+from pipeline.weights.delta import Head, Module, head_key, keys_of, write_delta
+from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.hub import local_base
+from pipeline.weights.index import open_checkpoint
+
+SCHEMA_VERSION = 1
+_SHOWN = 5
+
+
+def import_delta(
+    source: Path, base: str, revision: str | None, out: Path, alpha: float | None, parts: tuple[str, ...], labels: tuple[str, ...]
+) -> dict[str, Any]:
+    """Writes the delta folder.
+
+    Args:
+        source: a loralib checkpoint, or the folder of a LoRA that PEFT saved.
+        base: folder or hub id.
+        alpha: of a loralib checkpoint.
+        parts: roles that a loralib checkpoint's pairs of fused maps are of.
+        labels: names of the classes of its head.
+
+    Returns:
+        What was imported.
+
+    Raises:
+        JobError: what `read_foreign` refuses; a name or a shape that is not this base's; `out` is there already.
+    """
+    refuse_filled(out)
+    foreign, folder = read_foreign(source, alpha), local_base(base, revision)
+    checkpoint, config = open_checkpoint(folder), read_config(folder)
+    model, family = build(config, 0.0)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    modules: list[Module] = []
+    tensors: dict[str, torch.Tensor] = {}
+    unknown: list[str] = []
+    for name, pair in foreign.pairs.items():
+        # As in the whole model, or as in its body alone.
+        module = next((found for found in (name, f"{family.body}.{name}") if found in linears), None)
+        entry = find(f"{module}.weight", family, checkpoint) if module else None
+        if module is None or entry is None:
+            unknown.append(name)
+            continue
+        a, b = _whole(source, module, pair, linears[module], family, parts)
+        rank = a.shape[0]
+        modules.append(Module(module, entry.name, linears[module].transposed, rank, foreign.scales[name] * rank))
+        a_key, b_key = keys_of(module)
+        tensors[a_key], tensors[b_key] = a.contiguous(), b.contiguous()
+    head = _head(source, foreign.rest, config, family, labels)
+    unknown += [name for name in foreign.rest if head is None or name not in head.tensors]
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        raise JobError(
+            f"{source}: {', '.join(unknown[:_SHOWN])}{more}: not in a {config.model_type}. Name the base that it was trained on."
+        )
+    heads = tuple(head.tensors) if head else ()
+    tensors |= {head_key(name): foreign.rest[name].contiguous() for name in heads}
+    digests = file_digests(checkpoint.files)
+    manifest = {
+        "base": str(folder.resolve()) if Path(base).is_dir() else base,
+        "base_digest": base_digest(digests),
+        "base_files": digests,
+        "job_digest": "",
+        "step": 0,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "modules": tuple(modules),
+        "head": Head(head.labels, head.architecture, heads) if head else None,
+    }
+    write_delta(out, tensors, _config(foreign, modules, head, manifest["base"]), manifest)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(source.resolve()),
+        "delta": str(out.resolve()),
+        "base": manifest["base"],
+        "base_digest": manifest["base_digest"],
+        "modules": len(modules),
+        "parameters": manifest["parameters"],
+        "head": list(heads),
+        "labels": list(head.labels) if head and head.labels else None,
+    }
+
+
+def _whole(
+    source: Path,
+    module: str,
+    pair: tuple[torch.Tensor, torch.Tensor],
+    linear: FrozenLinear,
+    family: Family,
+    parts: tuple[str, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair of the whole map."""
+    (stacked, columns), (rows, rank) = pair[0].shape, pair[1].shape
+    roles = {
+        name: role for name, role in family.roles.items() if role.parts > 1 and not role.per_head and module.endswith(f".{role.module}")
+    }
+    if stacked != rank or (roles and rows < linear.out_features):
+        if not parts or not set(parts) <= set(roles) or stacked != len(parts) * rank:
+            raise JobError(
+                f"{source}: A of {module} has {stacked} rows, B {rank} columns: the pairs of {stacked // rank} parts of a fused map. "
+                f"Give --parts, those of {', '.join(roles) or 'none that are known here'} that were trained (the paper: q,v)."
+            )
+        pair = unfused(pair, tuple(roles[part].part for part in parts), roles[parts[0]].parts)
+    a, b = pair
+    if (b.shape[0], a.shape[1], a.shape[0]) != (linear.out_features, linear.in_features, b.shape[1]):
+        raise JobError(
+            f"{source}: {module} has A of {stacked} x {columns} and B of {rows} x {rank}; the base's map is of {linear.out_features} x "
+            f"{linear.in_features}. Name the base that it was trained on."
+        )
+    return a, b
+
+
+def _head(
+    source: Path, rest: dict[str, torch.Tensor], config: PretrainedConfig, family: Family, labels: tuple[str, ...]
+) -> TaskHead | None:
+    """The head that its tensors are of."""
+    output = rest.get(f"{family.head.output}.weight")
+    if output is None:
+        if labels:
+            raise JobError(f"--labels {','.join(labels)}: {source} has no head that puts out classes. Leave the option out.")
+        return None
+    if labels and len(labels) != len(output):
+        raise JobError(f"--labels {','.join(labels)}: {len(labels)} names for {len(output)} outputs of {source}. Name each of them once.")
+    # As transformers calls classes that nobody named.
+    names = labels or tuple(f"LABEL_{place}" for place in range(len(output)))
+    head = draw_head(config, family.head, names if len(names) > 1 else None, 0, 0.0, DropoutClock(0), torch.device("cpu"))
+    for name, tensor in head.tensors.items():
+        if name not in rest:
+            raise JobError(f"{source}: its head has no {name}, which that of a {config.model_type} needs. The file is incomplete.")
+        if rest[name].shape != tensor.shape:
+            raise JobError(
+                f"{source}: {name} has shape {list(rest[name].shape)}, the base's head {list(tensor.shape)}. "
+                "Name the base that it was trained on."
+            )
+    return head
+
+
+def _config(foreign: Foreign, modules: list[Module], head: TaskHead | None, base: str) -> dict[str, Any]:
+    """adapter_config.json: PEFT's own, or one for what loralib has no config of."""
+    beside = {"base_model_name_or_path": base, "inference_mode": True}
+    if foreign.config:
+        return foreign.config | beside
+    ranks, alphas = ({module.name: value(module) for module in modules} for value in (lambda m: m.rank, lambda m: m.alpha))
+    first = modules[0]
+    return beside | {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "modules_to_save": list(head.form.modules) if head else None,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.alpha},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(module.transposed for module in modules),
+        "bias": "none",
+    }
