@@ -239,7 +239,7 @@ def _resolve(job: Job, path: Path) -> Job:
         config = memory_config(job.memory.config)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
-    deepspeed_config(config)
+    deepspeed_config(config, job.memory.nvme_path)
     memory = job.memory.model_copy(update={"config": str(config)})
     return job.model_copy(update={"base": base, "task": task, "memory": memory, "methods": methods})
 

@@ -1,4 +1,4 @@
-"""A tensor moved from memory into a file of a fast disk, and mapped from there: the system reads its pages when they are used, and may drop them.
+"""A tensor moved from memory into a file of a fast disk, and mapped: the system reads its pages as they are used, and may drop them.
 
 For frozen weights: they are written once, so their pages are never dirty again. The file loses its name as soon as it is mapped:
 there is nothing to clean up, whichever way the process ends, and its space is free then.
@@ -39,6 +39,6 @@ def mapped(tensor: torch.Tensor, folder: str) -> torch.Tensor:
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise JobError(
-            f"nvme_path = \"{place}\": cannot keep shards of the base there: {why}. Name a folder on each node's own disk, with room "
+            f'nvme_path = "{place}": cannot keep shards of the base there: {why}. Name a folder on each node\'s own disk, with room '
             'for the base (zlora plan says how much), or offload to "cpu".'
         ) from None
