@@ -56,7 +56,7 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
             "Set it to that or more, set train.max_tokens, or give --example-tokens."
         )
     if ranks and asked.group and ranks % asked.group:
-        raise JobError(f"--gpus {ranks}: zero_hpz_partition_size = {asked.group} of the memory configuration does not divide them.")
+        raise JobError(f"--gpus {ranks}: zero_hpz_partition_size = {asked.group} does not divide them. Use a multiple of it, or change it.")
     fewest = fewest_gpus(asked, row)
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)

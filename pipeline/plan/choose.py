@@ -26,12 +26,13 @@ def choose(asked: Setting) -> Choice:
 
     Where none does, the one that needs least. Main memory binds where it is known; a disk is chosen only where the job names one.
     """
-    tried = list(_candidates(replace(asked, auto=False, stage=0, offload=None, group=None)))
+    tried = list(_candidates(asked))
     return next((choice for choice in tried if choice.fits), min(tried, key=lambda choice: memory(choice.setting).peak))
 
 
-def _candidates(whole: Setting) -> Iterator[Choice]:
+def _candidates(asked: Setting) -> Iterator[Choice]:
     """From the fastest on."""
+    whole = replace(asked, auto=False, stage=0, offload=None, group=None)
     yield _made(whole, {"stage": 0}, {"stage": "the base fits whole on every rank, so nothing need be gathered"})
     lean = lean_prefetch(whole)
     section = {
