@@ -112,7 +112,8 @@ def changes(asked: Setting) -> list[Change]:
                 "gathers the base more often in a step",
             )
         )
-    if asked.stage == 0 and asked.nodes > 1 and asked.local_ranks > 1 and asked.ranks % asked.nodes == 0:
+    evenly = asked.nodes > 1 and asked.local_ranks > 1 and asked.local_ranks * asked.nodes == asked.ranks
+    if asked.stage == 0 and evenly and not asked.trains_matrices:
         keys = {"memory.config": "zero3.json", "zero_hpz_partition_size": asked.local_ranks}
         within = replace(asked, stage=3, group=asked.local_ranks)
         tried.append(("shard the base within each node", keys, within, "gathers the base in each pass, from GPUs of the same node"))

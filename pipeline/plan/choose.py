@@ -53,7 +53,7 @@ def _candidates(asked: Setting) -> Iterator[Choice]:
     }
     sharded = replace(whole, stage=3, prefetch=lean)
     local = whole.local_ranks
-    if whole.nodes > 1 and local > 1 and local * whole.nodes == whole.ranks:
+    if whole.nodes > 1 and local > 1 and local * whole.nodes == whole.ranks and not whole.trains_matrices:
         group = {"zero_hpz_partition_size": local}
         why = f"the base fits on the {local} ranks of a node, so nothing of it is gathered between nodes"
         yield _made(replace(sharded, group=local), section | group, reasons | dict.fromkeys(group, why))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from pipeline.job.method import Lora
+from pipeline.job.method import Lora, trains_matrices
 from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
 from pipeline.plan.activations import Activations, MicroBatch, activations
@@ -50,6 +50,8 @@ class Setting:
     steps: int | None
     group: int | None = None
     """So many consecutive ranks hold one copy of the base among them. None: all ranks together."""
+    trains_matrices: bool = False
+    """Of the base: they cannot be sharded within groups."""
     auto: bool = False
     """Stage, group, offload and prefetch are still to be chosen."""
     nvme_path: str | None = None
@@ -138,6 +140,7 @@ def setting(
         keeps_best=job.evaluate.best_metric is not None,
         steps=train.steps,
         group=group_of(zero),
+        trains_matrices=trains_matrices(job.methods) is not None,
         auto=auto,
         nvme_path=job.memory.nvme_path,
     )

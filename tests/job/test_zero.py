@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -120,12 +121,21 @@ def test_the_folder_for_shards_on_disk_is_named_once(tmp_path):
         return nvme_path_of(deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": place}}), of_job))
 
     assert (folder("/a", None), folder(None, "/b"), folder("/a", "/a")) == ("/a", "/b", "/a")
-    with pytest.raises(JobError, match='nvme_path = "/a", but the job has memory.nvme_path = "/b"'):
+    with pytest.raises(JobError, match=r'nvme_path = "/a", but the job has memory.nvme_path = "/b"'):
         folder("/a", "/b")
 
 
 def test_a_job_with_a_file_that_names_no_folder_is_refused_when_it_is_read(tmp_path, gpt2_base):
     job = write_job(tmp_path, gpt2_base)
-    with pytest.raises(JobError, match="zero3_nvme.json: .*nvme_path: missing"):
+    with pytest.raises(JobError, match=r"zero3_nvme.json: .*nvme_path: missing"):
         read_job(job, ("memory.config=zero3_nvme.json",))
     read_job(job, ("memory.config=zero3_nvme.json", "memory.nvme_path=/scratch"))
+
+
+@pytest.mark.parametrize("kind", ["full", "full_top"])
+def test_groups_do_not_train_the_base_itself(kind, tmp_path, gpt2_base):
+    job = write_job(tmp_path, gpt2_base)
+    job.write_text(re.sub(r'kind = "lora"\n.*?\n\[task\]', f'kind = "{kind}"\n[task]', job.read_text(), flags=re.DOTALL))
+    with pytest.raises(JobError, match=f'zero_hpz_partition_size = 8: .*"{kind}" trains it. Use zero3.json'):
+        read_job(job, ("memory.config=zero3_node.json",))
+    read_job(job)

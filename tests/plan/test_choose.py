@@ -64,6 +64,11 @@ def test_the_fastest_that_fits_is_chosen(ranks, overrides, main_memory_gib, grou
         assert "of 200.0 GiB" in choice.reasons["offload_param"]
 
 
+def test_a_base_that_is_trained_is_not_sharded_within_nodes():
+    assert choose(asked_of(16)).setting.group == 8
+    assert choose(asked_of(16, trains_matrices=True)).setting.group is None
+
+
 def test_where_nothing_fits_that_is_said():
     assert not choose(asked_of(2, main_memory_bytes=200 * GIB)).fits
 
