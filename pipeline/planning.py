@@ -15,11 +15,11 @@ from pipeline.job.task import Mix
 from pipeline.job.zero import deepspeed_config
 from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
 from pipeline.plan.choose import choose
+from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
 from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
-from pipeline.plan.families import read_shape
 from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
@@ -45,14 +45,16 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
         raise JobError(f"--nodes {nodes}: more than the {ranks} GPUs of --gpus. Name the GPUs of all nodes together.")
     first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
     labels = labels_of(first)
-    folder = local_config(job.base.model, job.base.revision)
-    shape, zero = read_shape(folder), None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config))
+    shape = read_shape(local_config(job.base.model, job.base.revision))
+    zero = None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config), job.memory.nvme_path)
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(
             f"train.micro_batch_tokens = {asked.micro_batch_tokens}: an example may have {asked.example_tokens} tokens. "
             "Set it to that or more, set train.max_tokens, or give --example-tokens."
         )
+    if ranks and asked.group and ranks % asked.group:
+        raise JobError(f"--gpus {ranks}: zero_hpz_partition_size = {asked.group} does not divide them. Use a multiple of it, or change it.")
     fewest = fewest_gpus(asked, row)
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
@@ -80,6 +82,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
             "nodes": asked.nodes,
             "dtype": asked.dtype,
             "zero_stage": asked.stage,
+            "group": asked.group,
             "offload": asked.offload,
             "gradient_checkpointing": asked.checkpointing,
             "micro_batch_tokens": asked.micro_batch_tokens,
@@ -130,7 +133,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
 def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
     """Name, formula and bytes, a line each."""
     found, shape, e = memory(asked), asked.shape, asked.element_bytes
-    ranks = asked.ranks if asked.stage == 3 else 1
+    ranks = asked.sharers
     largest = "layer" if asked.checkpointing else "module"
     lines = [
         ("base shard", f"{shape.parameters:,} parameters x {e} / {ranks}", found.parts["base_shard"]),
@@ -185,6 +188,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         "beside it",
         [
             ("main memory", f"{size_text(needs['host_per_node'])} a node"),
+            *([("disk of a node", f"{size_text(needs['nvme_per_node'])} for shards")] if needs["nvme_per_node"] else []),
             ("disk", f"{size_text(needs['disk_per_run'])} a run, base {size_text(needs['base_on_disk'])} once"),
             ("delta, state", f"{size_text(needs['delta_file'])}, {size_text(needs['state_file'])}"),
         ],

@@ -141,9 +141,7 @@ def _shared(shape: Shape, adapted: Adapted, hidden: int, e: int) -> int:
     return hidden if first and not adapted.dropout else 0
 
 
-def _terms(
-    shape: Shape, inputs: dict[str, int], branches: int, drops: int, total: Callable[[tuple[Kept, ...]], int]
-) -> tuple[Term, ...]:
+def _terms(shape: Shape, inputs: dict[str, int], branches: int, drops: int, total: Callable[[tuple[Kept, ...]], int]) -> tuple[Term, ...]:
     terms = [Term(kept.what, kept.formula, total((kept,))) for part in shape.layer for kept in part.keeps]
     terms += [
         Term("inputs of branches", "N K e (2 N K e each with dropout)", sum(inputs.values())),

@@ -42,9 +42,7 @@ def gpt2(config: dict[str, Any], where: str) -> Shape:
 
 def llama(config: dict[str, Any], where: str) -> Shape:
     """Llama and its kin: Mistral, Qwen, Gemma. What tells them apart are keys, which a family's entry may fix."""
-    width, ffn, layers, heads = (
-        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    )
+    width, ffn, layers, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
     kv_heads, head_width = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
     vocabulary, context = config["vocab_size"], config["max_position_embeddings"]
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
@@ -111,9 +109,7 @@ def _window(config: dict[str, Any], layers: int) -> tuple[int | None, float]:
 
 
 def gpt_neox(config: dict[str, Any], where: str) -> Shape:
-    width, ffn, layers, heads = (
-        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    )
+    width, ffn, layers, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
     vocabulary, bias, parallel = config["vocab_size"], config["attention_bias"], config["use_parallel_residual"]
     attention_lane, mlp_lane = (1, 2) if parallel else (0, 0)
     out = linear("attention.dense", width, width, bias, ("o",), 3, attention_lane)

@@ -61,7 +61,9 @@ def attends(part: Part, heads: int, kv_heads: int, head_width: int, window_share
             Kept("the window's mask", "L^2 (1 + e)", window_share, bytes=window_share, of="windowed square"),
         ]
     # Unpadded and padded, and the gradients of both.
-    return replace(part, keeps=tuple(keeps), forward=(_moment(wide + 2 * narrow),), backward=(_moment(2 * (wide + 2 * narrow), of="padded"),))
+    return replace(
+        part, keeps=tuple(keeps), forward=(_moment(wide + 2 * narrow),), backward=(_moment(2 * (wide + 2 * narrow), of="padded"),)
+    )
 
 
 def scores(part: Part, heads: int, head_width: int) -> Part:
