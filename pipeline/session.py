@@ -44,7 +44,7 @@ from pipeline.tasks.store import Store
 from pipeline.tasks.texts import wanted_texts
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
-from pipeline.weights.digest import file_digests, sha256_of
+from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.hub import local_base
 from pipeline.weights.record import DataFile
 
@@ -107,6 +107,13 @@ class Session:
             sum(over for _, over in fitted),
             tuple(reason for store in stores for reason in store.about.dropped),
         )
+
+    def base_digest(self) -> str:
+        """Of the base's files, once they have been hashed. A collective."""
+        self.ranks.watch.at("hashing the base", patient=True)
+        digest = [base_digest(self.digests.result()) if self.digests else ""]
+        dist.broadcast_object_list(digest)
+        return digest[0]
 
     @property
     def specials(self) -> Specials | None:
