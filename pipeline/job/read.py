@@ -254,8 +254,8 @@ def _begun(method: Method, path: Path, place: int) -> Method:
         return method
     if not Path(method.start).is_dir():
         raise JobError(
-            f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Name a delta, or '
-            "the run that has it; the path is relative to the folder you run the command in."
+            f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Train '
+            "the run that it names first, or name another run or delta; the path is relative to the folder you run the command in."
         )
     return method.model_copy(update={"start": str(Path(method.start).resolve())})
 
