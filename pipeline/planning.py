@@ -15,11 +15,11 @@ from pipeline.job.task import Mix
 from pipeline.job.zero import deepspeed_config
 from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
 from pipeline.plan.choose import choose
+from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
 from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
-from pipeline.plan.families import read_shape
 from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
@@ -74,6 +74,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
             "parameters": asked.shape.parameters,
             "bytes": asked.base_bytes,
         },
+        "notes": list(asked.shape.notes),
         "setting": {
             "gpu": asked.gpu.name,
             "gpus": asked.ranks,
@@ -166,6 +167,8 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
             *_generation(plan),
         ],
     )
+    if plan["notes"]:
+        screen.table("to be taken with care", [("note", note) for note in plan["notes"]])
     screen.table("memory of a GPU, by part", [(_words(name), size_text(count)) for name, count in plan["parts_bytes"].items() if count])
     screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
     moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]

@@ -29,9 +29,9 @@ from pipeline.model.families import refuse_encoder
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.unknown import family_of, refuse_roles
 from pipeline.plan.choose import Choice, choose
+from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import gpu_of
 from pipeline.plan.memory import setting
-from pipeline.plan.families import read_shape
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Reason, grouped

@@ -12,9 +12,9 @@ from pipeline.job.files import memory_config, shipped
 from pipeline.job.read import read_job
 from pipeline.job.zero import complete, deepspeed_config
 from pipeline.plan.choose import choose
+from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import gpu_of
 from pipeline.plan.memory import memory, setting
-from pipeline.plan.families import read_shape
 from pipeline.planning import make_plan
 from tests.training import trained, write_job
 
