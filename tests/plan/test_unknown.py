@@ -26,7 +26,7 @@ from tests.training import write_job
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
 MIXTURES = [
     MixtralConfig(),
-    MixtralConfig(**SMALL, intermediate_size=96),
+    MixtralConfig(**SMALL, intermediate_size=96, max_position_embeddings=128),
     Qwen2MoeConfig(),
     Qwen2MoeConfig(**SMALL, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=6),
     Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=6, head_dim=16),
