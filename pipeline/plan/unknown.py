@@ -32,7 +32,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"bias_in": True},
     "qwen3_moe": {"norms_of_heads": True},
     "qwen3_next": {"norms_of_heads": True},
-        "mixtral": {"num_key_value_heads": 8},
+    "mixtral": {"num_key_value_heads": 8},
 }
 """Of mixtures whose other parts are a known family's."""
 

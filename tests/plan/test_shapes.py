@@ -25,7 +25,8 @@ from transformers import (
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Lora
-from pipeline.methods.attach import attach
+from pipeline.methods.dropout import DropoutClock
+from pipeline.methods.head import draw_head
 from pipeline.model.build import build
 from pipeline.model.config import read_config
 from pipeline.model.families import FAMILIES
@@ -88,12 +89,11 @@ def test_every_parameter_is_that_of_transformers(tmp_path, config):
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.hidden_size == 96], ids=lambda config: config.model_type)
-def test_what_is_trained_for_labels_is_counted(tmp_path, config):
+def test_a_head_for_labels_is_counted(tmp_path, config):
     config.save_pretrained(tmp_path)
-    method = Lora(kind="lora")
     shape, (model, family) = read_shape(tmp_path), build(read_config(tmp_path), 0.0)
-    delta = attach(model, family, (method,), 0, torch.device("cpu"), ("no", "yes", "neither"))
-    assert shape.layers * adapt(shape, method).layer_parameters(shape) + shape.head_parameters(3) == delta.parameters
+    head = draw_head(model.config, family.head, ("no", "yes", "neither"), 0, 0.0, DropoutClock(0), torch.device("cpu"))
+    assert shape.head_parameters(3) == sum(tensor.numel() for tensor in head.tensors.values())
 
 
 def test_every_family_that_can_be_trained_can_be_planned():

@@ -77,5 +77,7 @@ def test_an_index_of_the_weights_is_believed(tmp_path):
 
 def test_what_cannot_even_be_guessed_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel", "hidden_size": 64, "vocab_size": 100}))
-    with pytest.raises(JobError, match=r'config.json: architecture "novel" is not known to the plan, and the file has no num_hidden_layers'):
+    with pytest.raises(
+        JobError, match=r'config.json: architecture "novel" is not known to the plan, and the file has no num_hidden_layers'
+    ):
         read_shape(tmp_path)
