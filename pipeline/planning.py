@@ -24,7 +24,7 @@ from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_tokens: int | None) -> dict[str, Any]:
@@ -46,7 +46,9 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
     first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
     labels = labels_of(first)
     folder = local_config(job.base.model, job.base.revision)
-    shape, zero = read_shape(folder), None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config))
+    auto, config = job.memory.config == AUTO, Path(job.memory.config)
+    shape, zero = read_shape(folder), None if auto else deepspeed_config(config, lenient=True)
+    written = None if auto else json.loads(config.read_text(encoding="utf-8"))
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(
@@ -57,15 +59,15 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
         asked = replace(asked, nodes=nodes or asked.nodes)
-    return _plan(job, asked, zero, fewest)
+    return _plan(job, asked, written, fewest)
 
 
-def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
-    open_question, choice = asked, choose(asked) if zero is None else None
+def _plan(job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
+    open_question, choice = asked, choose(asked) if written is None else None
     asked = choice.setting if choice else asked
     found, needs = memory(asked), beside(asked)
     done = work(asked, found)
-    found_wanting = lint(asked, zero) if zero else []
+    found_wanting = lint(asked, written) if written else []
     return {
         "schema_version": SCHEMA_VERSION,
         "base": {
@@ -121,7 +123,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
         "lint": {
             "file": job.memory.config,
             "findings": [asdict(finding) for finding in found_wanting],
-            "mended": mended(zero, found_wanting) if zero and found_wanting else None,
+            "mended": mended(written, found_wanting) if written and found_wanting else None,
         },
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
         "arithmetic": _arithmetic(asked),
@@ -152,6 +154,21 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
         ("backward at most", "kept, gradients of activations, what one layer recomputes", found.activations.backward),
     ]
     return [{"what": what, "formula": formula, "bytes": count} for what, formula, count in lines]
+
+
+def write_mended(plan: dict[str, Any], file: Path) -> None:
+    """The memory configuration as the plan would have it: the job's own without what costs, or the one chosen.
+
+    Raises:
+        JobError: the file is there already.
+    """
+    told = plan["lint"]
+    config = plan["chosen"]["config"] if plan["chosen"] else told["mended"] or json.loads(Path(told["file"]).read_text(encoding="utf-8"))
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(json.dumps(config, indent=2) + "\n")
+    except FileExistsError:
+        raise JobError(f"--mend {file}: is there already. Name another file.") from None
 
 
 def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
@@ -203,8 +220,8 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         rows = [(f"{key} = {json.dumps(value)}", plan["chosen"]["reasons"][key]) for key, value in section.items()]
         screen.table("memory configuration chosen", rows)
     if plan["lint"]["findings"]:
-        rows = [(f["key"], f"{f['costs']}; {_better(f['mended'])}") for f in plan["lint"]["findings"]]
-        screen.table(f"what costs in {plan['lint']['file']}", rows)
+        rows = [(f["key"], _costs(f)) for f in plan["lint"]["findings"]]
+        screen.table(f"what costs in {plan['lint']['file']} (--mend FILE writes a better one)", rows)
     if plan["paper"]:
         rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
         screen.table("the paper's figures", rows)
@@ -225,8 +242,11 @@ def _change(change: dict[str, Any]) -> str:
     return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
 
 
-def _better(value: int | None) -> str:
-    return "leave it out" if value is None else f"better {value:,}"
+def _costs(finding: dict[str, Any]) -> str:
+    value, costs = finding["mended"], finding["costs"]
+    if costs.endswith("."):
+        return str(costs)
+    return f"{costs}; {'leave it out' if value is None else f'better {value:,}'}"
 
 
 def _words(name: str) -> str:

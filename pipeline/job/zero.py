@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
+from pipeline.job.zero_keys import ALLOWED, strangers, without_strangers
 
 _NOT_YET = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
 """Key -> its value when off. On, they change how a shard is stored, which the loader does not know."""
-_ALLOWED = {"zero_optimization", "comms_logger", "communication_data_type"}
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -22,8 +22,11 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 
 
-def deepspeed_config(path: Path) -> dict[str, Any]:
+def deepspeed_config(path: Path, lenient: bool = False) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`.
+
+    Args:
+        lenient: what has no place there is left out; otherwise it is refused, all of it at once.
 
     Raises:
         JobError: the file is not JSON, sets what belongs to the job, or asks for a stage that shards nothing here.
@@ -34,11 +37,11 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
         raise JobError(f"{path}: not a readable JSON file: {error}. Correct or replace it.") from None
     if not isinstance(asked, dict) or not isinstance(asked.get("zero_optimization"), dict):
         raise JobError(f'{path}: not an object with a "zero_optimization" object in it. Start from a file of ds_configs/.')
-    if foreign := sorted(set(asked) - _ALLOWED):
-        raise JobError(
-            f"{path}: {foreign[0]}: does not belong in a memory configuration. "
-            f"Set it in the job; here are only {', '.join(sorted(_ALLOWED))}."
-        )
+    if lenient:
+        asked = without_strangers(asked)
+    elif found := strangers(asked):
+        told = " ".join(f"{key}: {instead}" for key, instead in found.items())
+        raise JobError(f"{path}: {told} Here are only {', '.join(ALLOWED)}; zlora plan JOB --mend FILE writes one without the rest.")
     stage = asked["zero_optimization"].get("stage")
     if stage not in (0, 3):
         raise JobError(

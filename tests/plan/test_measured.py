@@ -1,4 +1,4 @@
-"""The plan held to its word: steps on CPU ranks with every tensor storage followed. benchmarks/plan_accuracy.py does the same on a wide grid."""
+"""The plan held to its word: steps on CPU ranks, every tensor storage followed. benchmarks/plan_accuracy.py has a wide grid of them."""
 
 from __future__ import annotations
 
