@@ -98,7 +98,7 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     with loading:
         base = load_base(Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout)
     labels = tuple("abcdefgh"[: case["outputs"]])
-    delta = attach(base.model, base.family, job.methods, 1, ranks.device, labels)
+    delta = attach(base, job.methods, 1, ranks.device, labels)
     root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:

@@ -72,6 +72,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes they are on; as few as hold them, when absent.")] = None,
     example_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the longest there can be, when absent.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
+    mend: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the memory configuration without what costs.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,10 +81,12 @@ def plan(
     Example: zlora plan jobs/gpt3/175b_lora_wikisql.toml --gpu v100-32g
     """
     from pipeline.job.read import read_job
-    from pipeline.planning import make_plan, show_plan
+    from pipeline.planning import make_plan, show_plan, write_mended
     from pipeline.screen import Screen
 
-    found = make_plan(read_job(job, tuple(overrides or ())), gpu, gpus, nodes, example_tokens)
+    found = make_plan(read_job(job, tuple(overrides or ()), lenient=True), gpu, gpus, nodes, example_tokens)
+    if mend:
+        write_mended(found, mend)
     if as_json:
         print(json.dumps(found))
         return

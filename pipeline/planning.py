@@ -24,7 +24,7 @@ from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_tokens: int | None) -> dict[str, Any]:
@@ -45,8 +45,10 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
         raise JobError(f"--nodes {nodes}: more than the {ranks} GPUs of --gpus. Name the GPUs of all nodes together.")
     first = job.task.sources[0] if isinstance(job.task, Mix) else job.task
     labels = labels_of(first)
-    shape = read_shape(local_config(job.base.model, job.base.revision))
-    zero = None if job.memory.config == AUTO else deepspeed_config(Path(job.memory.config), job.memory.nvme_path)
+    folder = local_config(job.base.model, job.base.revision)
+    auto, config = job.memory.config == AUTO, Path(job.memory.config)
+    shape, zero = read_shape(folder), None if auto else deepspeed_config(config, job.memory.nvme_path, lenient=True)
+    written = None if auto else json.loads(config.read_text(encoding="utf-8"))
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(
@@ -59,15 +61,15 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
         asked = replace(asked, nodes=nodes or asked.nodes)
-    return _plan(job, asked, zero, fewest)
+    return _plan(job, asked, written, fewest)
 
 
-def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
-    open_question, choice = asked, choose(asked) if zero is None else None
+def _plan(job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
+    open_question, choice = asked, choose(asked) if written is None else None
     asked = choice.setting if choice else asked
     found, needs = memory(asked), beside(asked)
     done = work(asked, found)
-    found_wanting = lint(asked, zero) if zero else []
+    found_wanting = lint(asked, written) if written else []
     return {
         "schema_version": SCHEMA_VERSION,
         "base": {
@@ -76,6 +78,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
             "parameters": asked.shape.parameters,
             "bytes": asked.base_bytes,
         },
+        "notes": list(asked.shape.notes),
         "setting": {
             "gpu": asked.gpu.name,
             "gpus": asked.ranks,
@@ -123,7 +126,7 @@ def _plan(job: Job, asked: Setting, zero: dict[str, Any] | None, fewest: int | N
         "lint": {
             "file": job.memory.config,
             "findings": [asdict(finding) for finding in found_wanting],
-            "mended": mended(zero, found_wanting) if zero and found_wanting else None,
+            "mended": mended(written, found_wanting) if written and found_wanting else None,
         },
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
         "arithmetic": _arithmetic(asked),
@@ -156,6 +159,21 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
     return [{"what": what, "formula": formula, "bytes": count} for what, formula, count in lines]
 
 
+def write_mended(plan: dict[str, Any], file: Path) -> None:
+    """The memory configuration as the plan would have it: the job's own without what costs, or the one chosen.
+
+    Raises:
+        JobError: the file is there already.
+    """
+    told = plan["lint"]
+    config = plan["chosen"]["config"] if plan["chosen"] else told["mended"] or json.loads(Path(told["file"]).read_text(encoding="utf-8"))
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(json.dumps(config, indent=2) + "\n")
+    except FileExistsError:
+        raise JobError(f"--mend {file}: is there already. Name another file.") from None
+
+
 def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     """Tables for people."""
     asked, base, answers = plan["setting"], plan["base"], plan["answers"]
@@ -169,6 +187,8 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
             *_generation(plan),
         ],
     )
+    if plan["notes"]:
+        screen.table("to be taken with care", [("note", note) for note in plan["notes"]])
     screen.table("memory of a GPU, by part", [(_words(name), size_text(count)) for name, count in plan["parts_bytes"].items() if count])
     screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
     moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]
@@ -204,8 +224,8 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         rows = [(f"{key} = {json.dumps(value)}", plan["chosen"]["reasons"][key]) for key, value in section.items()]
         screen.table("memory configuration chosen", rows)
     if plan["lint"]["findings"]:
-        rows = [(f["key"], f"{f['costs']}; {_better(f['mended'])}") for f in plan["lint"]["findings"]]
-        screen.table(f"what costs in {plan['lint']['file']}", rows)
+        rows = [(f["key"], _costs(f)) for f in plan["lint"]["findings"]]
+        screen.table(f"what costs in {plan['lint']['file']} (--mend FILE writes a better one)", rows)
     if plan["paper"]:
         rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
         screen.table("the paper's figures", rows)
@@ -226,8 +246,11 @@ def _change(change: dict[str, Any]) -> str:
     return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
 
 
-def _better(value: int | None) -> str:
-    return "leave it out" if value is None else f"better {value:,}"
+def _costs(finding: dict[str, Any]) -> str:
+    value, costs = finding["mended"], finding["costs"]
+    if costs.endswith("."):
+        return str(costs)
+    return f"{costs}; {'leave it out' if value is None else f'better {value:,}'}"
 
 
 def _words(name: str) -> str:

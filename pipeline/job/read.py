@@ -45,12 +45,13 @@ def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
 _TASKS, _METHODS = _by_kind(Task), _by_kind(Method)
 
 
-def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
+def read_job(path: Path, overrides: tuple[str, ...] = (), lenient: bool = False) -> Job:
     """Reads, checks and resolves a job.
 
     Args:
         path: the TOML file.
         overrides: `--set` texts such as "train.steps=20"; the value is read as TOML, or as text where that fails.
+        lenient: keys that have no place in the memory configuration are let be (for the plan, which tells what they cost).
 
     Raises:
         JobError: naming file, key, value and repair.
@@ -65,7 +66,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     except ValidationError as error:
         where = files.origin(_plain_path(error.errors()[0]["loc"], asked))
         raise JobError(f"{where}: {_explain(error, asked)}") from None
-    return _resolve(job, path)
+    return _resolve(job, path, lenient)
 
 
 def resolved(values: dict[str, Any], where: Path) -> Job:
@@ -216,7 +217,7 @@ def _known_keys(path: list[str], asked: dict[str, Any]) -> list[str]:
     return sorted(_TASKS[task["kind"]].model_fields)
 
 
-def _resolve(job: Job, path: Path) -> Job:
+def _resolve(job: Job, path: Path, lenient: bool) -> Job:
     """Names made absolute, files checked to be there."""
     base = job.base
     if Path(base.model).is_dir():
@@ -239,7 +240,8 @@ def _resolve(job: Job, path: Path) -> Job:
         config = memory_config(job.memory.config)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
-    group, trained = group_of(deepspeed_config(config, job.memory.nvme_path)), trains_matrices(job.methods)
+    zero = deepspeed_config(config, job.memory.nvme_path, lenient)
+    group, trained = group_of(zero), trains_matrices(job.methods)
     if group and trained:
         raise JobError(
             f'{path}: memory.config: zero_hpz_partition_size = {group}: groups of ranks hold copies of a frozen base, and "{trained}" '

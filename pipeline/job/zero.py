@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.job.errors import JobError
+from pipeline.job.zero_keys import ALLOWED, strangers, without_strangers
 
 _GROUP = "zero_hpz_partition_size"
 _NOT_YET = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 """They change how a shard is stored, which the loader does not know."""
-_ALLOWED = {"zero_optimization", "comms_logger", "communication_data_type"}
 Offload = Literal["cpu", "nvme"]
 """Where shards are, if not on the device that computes."""
 
@@ -50,11 +50,12 @@ def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "zero_optimization": section}
 
 
-def deepspeed_config(path: Path, nvme_path: str | None = None) -> dict[str, Any]:
+def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = False) -> dict[str, Any]:
     """The memory configuration of a file, with what every run sets.
 
     Args:
         nvme_path: of the job, for a file that asks for shards on disk and names no folder.
+        lenient: what has no place there is left out; otherwise it is refused, all of it at once.
 
     Raises:
         JobError: the file is not JSON, sets what belongs to the job, or asks for a stage that shards nothing here.
@@ -65,11 +66,11 @@ def deepspeed_config(path: Path, nvme_path: str | None = None) -> dict[str, Any]
         raise JobError(f"{path}: not a readable JSON file: {error}. Correct or replace it.") from None
     if not isinstance(asked, dict) or not isinstance(asked.get("zero_optimization"), dict):
         raise JobError(f'{path}: not an object with a "zero_optimization" object in it. Start from a file of ds_configs/.')
-    if foreign := sorted(set(asked) - _ALLOWED):
-        raise JobError(
-            f"{path}: {foreign[0]}: does not belong in a memory configuration. "
-            f"Set it in the job; here are only {', '.join(sorted(_ALLOWED))}."
-        )
+    if lenient:
+        asked = without_strangers(asked)
+    elif found := strangers(asked):
+        told = " ".join(f"{key}: {instead}" for key, instead in found.items())
+        raise JobError(f"{path}: {told} Here are only {', '.join(ALLOWED)}; zlora plan JOB --mend FILE writes one without the rest.")
     section = asked["zero_optimization"]
     stage = section.get("stage")
     if stage not in (0, 3):

@@ -87,27 +87,36 @@ def activations(
     layer = sum(total(part.keeps) for part in shape.layer) + sum(inputs.values()) + branches + drops
     # What stands before everything trained has no gradient in the first layer.
     first = layer - sum(total(part.keeps) for part in shape.layer if not adapted.precedes(part, shape))
-    # Tokens, positions, keys and layout; cos and sin, which the layers share.
-    common = 48 * batch.tokens + (2 * batch.tokens * shape.head_width * e if shape.rotary else 0)
+    # Tokens, positions, keys and layout; what the layers share.
+    common = 48 * batch.tokens + total(shape.shared)
     end = sum(total(part.keeps) for part in shape.end)
     # The label positions' gradient that the loss already knows (pipeline/model/head.py).
-    known = 0 if labels else batch.label_tokens * shape.width * e
+    known = 0 if labels else batch.label_tokens * shape.outer_width * e
     kept = (shape.layers - 1) * layer + first + common + end + known
     if checkpointing:
         # Each layer's input; where something is added to the embedding's output, that too, which was made a leaf.
         behind = sum(total(part.keeps) for part in shape.embeddings)
-        leaf = hidden if any(part.sizes for part in shape.embeddings if part != shape.table) else 0
+        leaf = batch.tokens * shape.outer_width * e if any(part.sizes for part in shape.embeddings if part != shape.table) else 0
         kept = shape.layers * hidden + leaf + behind + common + end + known
     worst = kept - known + max((total(part.backward) for part in shape.end), default=0)
     now = kept - known - end + hidden
     if checkpointing:
-        now += layer - _shared(shape, adapted, hidden, e) + hidden
+        now += layer - _shared(shape, hidden, e) + hidden
     for part in reversed(shape.layer):
-        worst = max(worst, now + total(part.backward))
-        now -= total(part.keeps) + inputs.get(part.name, 0)
-    # In the forward pass what a recomputed layer keeps stands there for a moment too.
-    inside = max(max(total(part.forward), total(part.keeps) if checkpointing else 0) for part in shape.layer)
-    inside += 2 * hidden if checkpointing else 0
+        now -= inputs.get(part.name, 0)
+        # The gradients of a branch's input, of its map's, and their sum.
+        sums = 3 * batch.tokens * part.inputs * e if adapted.of(part) else 0
+        worst = max(worst, now + max(total(part.backward), sums))
+        now -= total(part.keeps)
+    # The forward pass's last layer; where nothing is kept, any.
+    inside, now = 0, -layer - end - known
+    for part in shape.layer:
+        now += total(part.keeps) + inputs.get(part.name, 0)
+        if checkpointing:
+            alone = total(part.alone) or max(total(part.forward), total(part.keeps))
+            inside = max(inside, alone + 2 * hidden)
+        else:
+            inside = max(inside, now + total(part.forward) + hidden)
     return Activations(kept, 0 if labels else _logits(shape, batch, e), inside, worst, _terms(shape, inputs, branches, drops, total))
 
 
@@ -129,16 +138,14 @@ def _branch_inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> dict[str, 
     if adapted.dropout:
         return {part.name: 2 * n * part.inputs * e * len(adapted.of(part)) for part in shape.layer if adapted.of(part)}
     read = {(part.stage, part.lane): part for part in reversed(shape.layer) if adapted.of(part)}
-    return {part.name: n * part.inputs * e for part in read.values()}
+    return {part.name: n * part.inputs * e for part in read.values() if not part.input_kept}
 
 
-def _shared(shape: Shape, adapted: Adapted, hidden: int, e: int) -> int:
+def _shared(shape: Shape, hidden: int, e: int) -> int:
     """Of what a layer keeps, its own input, which checkpointing has kept already."""
     reads = [part for part in shape.layer if part.stage == 0 and part.keeps]
-    if reads:
-        return hidden if reads[0].keeps[0].elements or e == _FP32 else 0
-    first = any(adapted.of(part) for part in shape.layer if part.stage == 1)
-    return hidden if first and not adapted.dropout else 0
+    # Where norms stand behind, the gradient of the residual makes up for it.
+    return hidden if reads and (reads[0].keeps[0].elements or e == _FP32) else 0
 
 
 def _terms(shape: Shape, inputs: dict[str, int], branches: int, drops: int, total: Callable[[tuple[Kept, ...]], int]) -> tuple[Term, ...]:

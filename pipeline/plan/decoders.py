@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.plan.parts import activation, attends, layer_norm, linear, rms_norm, scaled, scores
+from pipeline.plan.parts import activation, attends, layer_norm, linear, rms_norm, rotations, scaled, scores
 from pipeline.plan.shapes import LabelHead, Part, Shape
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -56,7 +56,7 @@ def llama(config: dict[str, Any], where: str) -> Shape:
         linear(f"self_attn.{name}_proj", width, count * head_width, bias_in, (name,), 1)
         for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
-    projections = (q, k, v)
+    projections: tuple[Part, ...] = (q, k, v)
     if config.get("norms_of_heads"):
         q_norm, k_norm = norm("self_attn.q_norm", 2, head_width, heads), norm("self_attn.k_norm", 2, head_width, kv_heads)
         # Gemma 3 projects all three first.
@@ -65,7 +65,7 @@ def llama(config: dict[str, Any], where: str) -> Shape:
     out = linear("self_attn.o_proj", heads * head_width, width, bias, ("o",), 3)
     capped = config.get("attn_logit_softcapping")
     out = scores(out, heads, head_width) if capped else attends(out, heads, kv_heads, head_width, share)
-    mlp = (
+    mlp: tuple[Part, ...] = (
         Part("mlp", inside=4, stage=9 if not config.get("sandwiched") else 8),
         linear("mlp.gate_proj", width, ffn, mlp_bias, ("mlp_gate",), 6),
         activation("mlp.act_fn", config["hidden_act"], ffn, True, where),
@@ -85,7 +85,7 @@ def llama(config: dict[str, Any], where: str) -> Shape:
         end=(norm("norm", 9),),
         head=Part("lm_head", (vocabulary * width,), width, vocabulary),
         tied=config["tie_word_embeddings"],
-        rotary=True,
+        shared=(rotations(head_width),),
         window=window,
     )  # fmt: skip
 
@@ -135,8 +135,14 @@ def gpt_neox(config: dict[str, Any], where: str) -> Shape:
         end=(layer_norm("final_layer_norm", width, 9),),
         head=Part("lm_head", (vocabulary * width,), width, vocabulary),
         tied=config["tie_word_embeddings"],
-        rotary=True,
+        shared=(rotations(int(width // heads * _rotated(config))),),
     )  # fmt: skip
+
+
+def _rotated(config: dict[str, Any]) -> float:
+    """Share of a head."""
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)))
 
 
 def opt(config: dict[str, Any], where: str) -> Shape:
@@ -152,10 +158,10 @@ def opt(config: dict[str, Any], where: str) -> Shape:
         attends(out, heads, heads, width // heads),
     )
     second = layer_norm("final_layer_norm", width, 5 if before else 8, affine)
-    mlp = (
+    mlp: tuple[Part, ...] = (
         linear("fc1", width, ffn, bias, ("mlp_in",), 6),
         activation("activation_fn", config["activation_function"], ffn, False, where),
-        linear("fc2", ffn, width, bias, ("mlp_out",), 7),
+        replace(linear("fc2", ffn, width, bias, ("mlp_out",), 7), input_kept=config["activation_function"] == "relu"),
     )
     inside = (first, *attention, second, *mlp) if before else (*attention, first, *mlp, second)
     # Two positions more, as the released weights have.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.plan.parts import activation, attends, disentangled, layer_norm, linear
-from pipeline.plan.shapes import LabelHead, Part, Shape
+from pipeline.plan.shapes import Kept, LabelHead, Part, Shape
 
 
 def bert(config: dict[str, Any], where: str) -> Shape:
@@ -54,16 +54,21 @@ def deberta(config: dict[str, Any], where: str) -> Shape:
     embeddings = [replace(part, sizes=(width, width)) if part.name.endswith("LayerNorm") else part for part in embeddings]
     if narrow != width:
         embeddings.insert(-2, linear("embeddings.embed_proj", narrow, width, False, (), 0))
-    embeddings.append(Part("encoder"))
+    # Handed to every layer: checkpointing keeps them.
+    handed = (Kept("the mask", "8 S", bytes=8, of="pair"), Kept("relative positions", "8 L^2", bytes=8, of="square"))
+    embeddings.append(Part("encoder", keeps=handed))
     if relative:
         embeddings.append(Part("encoder.rel_embeddings", (2 * span * width,)))
     if "layer_norm" in str(config.get("norm_rel_ebd", "none")).lower():
         embeddings.append(Part("encoder.LayerNorm", (width, width)))
+    shared = ()
     if kernel := config.get("conv_kernel_size", 0):
         # Behind the first layer only.
-        convolution = width * (width // config.get("conv_groups", 1)) * kernel
-        embeddings += [Part("encoder.conv.conv", (convolution, width)), Part("encoder.conv.LayerNorm", (width, width))]
-    return replace(_shape(config, context, tuple(embeddings), tuple(layer), (), LabelHead(dense=True, bias=True)), packs=False)
+        convolution, tanh = (width * (width // config.get("conv_groups", 1)) * kernel, width), Kept("its tanh", "N D e", width)
+        embeddings += [Part("encoder.conv.conv", convolution, keeps=(tanh,)), Part("encoder.conv.LayerNorm", (width, width))]
+        shared = (Kept("the convolution's norm", "N D e + 8 N", width, 2),)
+    shape = _shape(config, context, tuple(embeddings), tuple(layer), (), LabelHead(dense=True, bias=True))
+    return replace(shape, packs=False, shared=shared)
 
 
 def _embeddings(config: dict[str, Any], width: int, positions: int) -> tuple[Part, ...]:

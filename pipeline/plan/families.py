@@ -15,6 +15,7 @@ from pipeline.job.errors import JobError
 from pipeline.plan.decoders import gpt2, gpt_neox, llama, opt
 from pipeline.plan.encoders import bert, deberta
 from pipeline.plan.shapes import Shape
+from pipeline.plan.unknown import guessed
 
 _GEMMA = {"norms_in_fp32": True, "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 256000}
 _GEMMA_2 = {
@@ -86,10 +87,10 @@ _ALIASES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attent
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape that a folder's config.json describes.
+    """The shape that a folder's config.json describes; of an architecture that is not in the table, a guess that says so.
 
     Raises:
-        JobError: no such file, not readable, or an architecture that is not in the table.
+        JobError: no such file, not readable, or without the keys that make a shape.
     """
     file = folder / "config.json"
     try:
@@ -97,8 +98,10 @@ def read_shape(folder: Path) -> Shape:
     except (OSError, ValueError) as error:
         raise JobError(f"{file}: cannot be read ({error}). Fetch the base again, or name a folder with a config.json.") from None
     family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise JobError(f"{file}: is no object of keys. Fetch the base again.")
     if family not in _FAMILIES:
-        raise JobError(f'{file}: architecture "{family}" is not known to the plan. Known are {", ".join(sorted(_FAMILIES))}.')
+        return guessed(config, folder)
     make, defaults = _FAMILIES[family]
     merged = {**defaults, **config}
     for name, own in _ALIASES.items():

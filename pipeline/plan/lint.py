@@ -1,6 +1,7 @@
 """What a memory configuration costs that it need not: key by key, for this job on these GPUs, and the mended configuration.
 
-What belongs to the job (batch, precision, optimizer) and stages that shard nothing are refused before (pipeline/job/zero.py).
+Keys that have no place there (the job's, and those that DeepSpeed does not know) are all named first; other commands refuse them, and
+every command refuses stages that shard nothing (pipeline/job/zero.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.job.zero_keys import strangers, without_strangers
 from pipeline.plan.gathering import Prefetch
 from pipeline.plan.memory import Setting, memory
 from pipeline.plan.work import work
@@ -33,15 +35,24 @@ _PREFETCH, _LIVE, _REUSE = "stage3_prefetch_bucket_size", "stage3_max_live_param
 @dataclass(frozen=True)
 class Finding:
     key: str
-    """Of `zero_optimization`."""
+    """Of `zero_optimization`, or of the file's top."""
     costs: str
     mended: int | None
     """A better value. None: leave the key out."""
 
 
-def lint(asked: Setting, zero: dict[str, Any]) -> list[Finding]:
-    """Keys that cost, in the order in which to mend them."""
-    section = zero["zero_optimization"]
+def lint(asked: Setting, written: dict[str, Any]) -> list[Finding]:
+    """Keys of a file that cost, in the order in which to mend them.
+
+    Args:
+        written: what is in the file.
+    """
+    section = without_strangers(written)["zero_optimization"]
+    strange = [Finding(key.removeprefix("zero_optimization."), instead, None) for key, instead in strangers(written).items()]
+    return strange + _costly(asked, section)
+
+
+def _costly(asked: Setting, section: dict[str, Any]) -> list[Finding]:
     found = [
         Finding(key, "nothing, and does nothing: DeepSpeed has no optimizer here", None)
         for key in section
@@ -82,9 +93,10 @@ def lean_prefetch(asked: Setting) -> Prefetch:
     return Prefetch(layer, min(asked.prefetch.persistence, 100_000), 3 * layer, 0)
 
 
-def mended(zero: dict[str, Any], found: list[Finding]) -> dict[str, Any]:
-    """The `zero_optimization` section without what costs."""
+def mended(written: dict[str, Any], found: list[Finding]) -> dict[str, Any]:
+    """The file without what costs."""
     better = {finding.key: finding.mended for finding in found}
-    section = {key: better.get(key, value) for key, value in zero["zero_optimization"].items()}
+    kept = without_strangers(written)
+    section = {key: better.get(key, value) for key, value in kept["zero_optimization"].items()}
     section |= {key: value for key, value in better.items() if value is not None}
-    return {key: value for key, value in section.items() if value is not None}
+    return {**kept, "zero_optimization": {key: value for key, value in section.items() if value is not None}}

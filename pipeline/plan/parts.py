@@ -13,7 +13,7 @@ from dataclasses import replace
 from pipeline.job.errors import JobError
 from pipeline.plan.shapes import Kept, Part
 
-_FACTORS = {"gelu": 1, "gelu_pytorch_tanh": 1, "relu": 1, "silu": 1, "gelu_new": 4, "gelu_fast": 6, "quick_gelu": 3}
+FACTORS = {"gelu": 1, "gelu_pytorch_tanh": 1, "relu": 1, "silu": 1, "gelu_new": 4, "gelu_fast": 6, "quick_gelu": 3}
 """Tensors of the FFN's width that an activation function keeps. Of 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh."""
 
 
@@ -61,8 +61,9 @@ def attends(part: Part, heads: int, kv_heads: int, head_width: int, window_share
             Kept("the window's mask", "L^2 (1 + e)", window_share, bytes=window_share, of="windowed square"),
         ]
     # Unpadded and padded, and the gradients of both.
+    both = 2 * (wide + 2 * narrow)
     return replace(
-        part, keeps=tuple(keeps), forward=(_moment(wide + 2 * narrow),), backward=(_moment(2 * (wide + 2 * narrow), of="padded"),)
+        part, keeps=tuple(keeps), forward=(_moment(wide + 2 * narrow),), alone=(_moment(both),), backward=(_moment(both, of="padded"),)
     )
 
 
@@ -73,8 +74,9 @@ def scores(part: Part, heads: int, head_width: int) -> Part:
         Kept("queries, keys, values for every head", "3 P H Dh e", 3 * wide, of="padded"),
         Kept("scores' tanh and softmax, for fp32", "8 S H", bytes=8 * heads, of="pair"),
     )
-    moment = _moment(heads, heads, of="pair")
-    return replace(part, keeps=keeps, forward=(moment,), backward=(_moment(2 * heads, 2 * heads, of="pair"),))
+    # Scores in the base's dtype and twice in fp32; the gradient of the weights and of the scores, in fp32.
+    alone, backward = _moment(heads, 2 * heads, of="pair"), _moment(fp32=2 * heads, of="pair")
+    return replace(part, keeps=keeps, forward=(_moment(fp32=heads, of="pair"),), alone=(alone,), backward=(backward,))
 
 
 def disentangled(part: Part, width: int, heads: int, span: int, kinds: int) -> Part:
@@ -82,25 +84,32 @@ def disentangled(part: Part, width: int, heads: int, span: int, kinds: int) -> P
     keeps = (
         Kept("queries, keys, values, and scaled keys", "4 P H Dh e", 4 * width, of="padded"),
         Kept("softmax of scores", "S H e", heads, of="pair"),
-        Kept("indices of relative positions, and the mask", "17 L^2", bytes=8 * kinds, of="square"),
-        Kept("positions' keys and queries", "2 x 2 span D e an example", kinds * 2 * span * width, of="example"),
+        Kept("the mask", "S", bytes=1, of="pair"),
+        Kept("indices of relative positions", "8 L^2 each way", bytes=8 * kinds, of="square"),
+        Kept("scores by position, before they are picked", "2 span P H e each way", kinds * 2 * span * heads, of="padded"),
+        Kept("positions' keys and queries", "2 span D e an example, each way", kinds * 2 * span * width, of="example"),
     )
-    moment = _moment(3 * heads, of="pair")
+    moment = _moment(4 * heads, of="pair")
     return replace(part, keeps=keeps, forward=(moment,), backward=(moment,))
 
 
 def activation(name: str, function: str, ffn: int, gated: bool, where: str, lane: int = 0) -> Part:
     """Raises:
     JobError: a function that is not in the table."""
-    if function not in _FACTORS:
-        raise JobError(f'{where}: activation "{function}" is not known to the plan. Known are {", ".join(_FACTORS)}.')
+    if function not in FACTORS:
+        raise JobError(f'{where}: activation "{function}" is not known to the plan. Known are {", ".join(FACTORS)}.')
     # Of f(x) y: what f keeps, f(x) and y.
-    factors = _FACTORS[function] + (2 if gated else 0)
+    factors = FACTORS[function] + (2 if gated else 0)
     backward = 3 if gated or function == "gelu_new" else 2
     return Part(
         name, stage=7, lane=lane, keeps=(Kept("activation function", f"{factors} N F e", factors * ffn),),
         forward=(_moment(2 * ffn),), backward=(_moment(backward * ffn),),
     )  # fmt: skip
+
+
+def rotations(width: int) -> Kept:
+    """By position, of so many elements of a head."""
+    return Kept("cos and sin", "2 N Dh e", 2 * width)
 
 
 def _moment(elements: float = 0, fp32: float = 0, of: str = "token") -> Kept:

@@ -54,8 +54,12 @@ class Part:
     """From the forward to the backward pass."""
     forward: tuple[Kept, ...] = ()
     """For a moment of the forward pass, beside what it keeps."""
+    alone: tuple[Kept, ...] = ()
+    """The same, all told, where nothing is kept. Without it: the larger of what it keeps and what stands beside it."""
     backward: tuple[Kept, ...] = ()
     """For a moment of the backward pass, beside what it keeps."""
+    input_kept: bool = False
+    """By what made it."""
 
     def reads(self, other: Part) -> bool:
         """What the other made, at one remove or more."""
@@ -92,8 +96,8 @@ class Shape:
     """The vocabulary projection. None: an encoder, which has none here."""
     tied: bool = False
     """The head is the token embedding."""
-    rotary: bool = False
-    """Its positions are rotations."""
+    shared: tuple[Kept, ...] = ()
+    """Kept once, for all layers."""
     packs: bool = True
     """Examples lie end to end; else they are padded to the longest."""
     label_head: LabelHead = LabelHead()
@@ -101,10 +105,10 @@ class Shape:
     """Tokens that some layers look back over."""
     notes: tuple[str, ...] = ()
     """What of it is a guess, and what cannot be done with it."""
+    guessed: bool = False
+    """From the usual keys: the architecture is not known."""
     counted: int | None = None
     """Parameters, where that is known better than from its parts."""
-    extra: tuple[int, ...] = ()
-    """Parameters that belong to no layer and no part above, such as a mixture's experts."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -112,13 +116,19 @@ class Shape:
         layer = tuple(chain.from_iterable(part.sizes for part in self.layer))
         outside = tuple(chain.from_iterable(part.sizes for part in (*self.embeddings, *self.end)))
         head = self.head.sizes if self.head and not self.tied else ()
-        found = outside + layer * self.layers + head + self.extra
-        rest = (self.counted or 0) - sum(found)
-        return (*found, rest) if rest > 0 else found
+        found = outside + layer * self.layers + head
+        # What the parts do not account for lies in the layers too.
+        rest = max(0, (self.counted or 0) - sum(found)) // self.layers
+        return found + (rest,) * self.layers if rest else found
 
     @property
     def parameters(self) -> int:
-        return sum(self.sizes)
+        return self.counted or sum(self.sizes)
+
+    @property
+    def outer_width(self) -> int:
+        """Of the token embedding and the head."""
+        return self.label_head.width or self.width
 
     @property
     def table(self) -> Part:
@@ -136,12 +146,17 @@ class Shape:
         return max(self.sizes)
 
     @property
+    def queries(self) -> str:
+        """The part with the role q."""
+        return next(part.name for part in self.layer if "q" in part.roles)
+
+    @property
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(role for part in self.layer for role in part.roles))
 
     def head_parameters(self, outputs: int) -> int:
         """Trained elements of a task's own head."""
-        width, bias = self.label_head.width or self.width, int(self.label_head.bias)
+        width, bias = self.outer_width, int(self.label_head.bias)
         return (self.label_head.dense * width * (width + 1) + outputs * (width + bias)) if outputs else 0
 
 
@@ -191,6 +206,9 @@ def adapt(shape: Shape, method: Lora) -> Adapted:
             for part in shape.layer
             if part.outputs and (target in part.roles or f".{part.name}".endswith(f".{target}"))
         ]
+        if not found and shape.guessed:
+            # A map as wide as q.
+            found = [Branch(shape.queries, method.rank_of(target), shape.width)]
         if not found:
             raise JobError(f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(shape.roles)}.')
         branches += found

@@ -10,7 +10,8 @@ import pytest
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config, shipped
 from pipeline.job.read import read_job
-from pipeline.job.zero import deepspeed_config, for_deepspeed, nvme_path_of, zero_stage
+from pipeline.job.zero import complete, deepspeed_config, for_deepspeed, nvme_path_of, zero_stage
+from pipeline.job.zero_keys import ZERO_KEYS
 from tests.training import write_job
 
 SHIPPED = sorted(path.name for path in shipped("ds_configs").glob("*.json"))
@@ -53,23 +54,46 @@ def test_clipping_and_accumulation_are_never_left_to_deepspeeds_defaults(name):
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("key", "instead"),
     [
-        "gradient_clipping",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "optimizer",
-        "scheduler",
-        "fp16",
-        "bf16",
-        "steps_per_print",
+        ("gradient_clipping", "train.clip_norm"),
+        ("train_batch_size", "train.batch_examples"),
+        ("train_micro_batch_size_per_gpu", "train.micro_batch_tokens"),
+        ("optimizer", "train.learning_rate"),
+        ("scheduler", "train.schedule"),
+        ("fp16", "base.dtype"),
+        ("bf16", "base.dtype"),
+        ("steps_per_print", "Leave it out"),
+        ("zero_optimisation", "Did you mean zero_optimization?"),
+        ("frobnicate", "DeepSpeed does not know it and would ignore it. Leave it out."),
     ],
 )
-def test_a_key_that_belongs_to_the_job_is_refused_by_name(tmp_path, key):
+def test_a_key_that_has_no_place_is_refused_with_what_to_do_instead(tmp_path, key, instead):
     file = write(tmp_path, {"zero_optimization": {"stage": 3}, key: "auto"})
+    with pytest.raises(JobError, match=re.escape(f"{file}: {key}: ")) as caught:
+        deepspeed_config(file)
+    assert instead in str(caught.value)
+    assert key not in deepspeed_config(file, lenient=True) or key in complete({})
+
+
+def test_all_such_keys_are_named_at_once(tmp_path):
+    file = write(tmp_path, {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}, "fp16": {}, "optimizer": {}})
     with pytest.raises(JobError) as caught:
         deepspeed_config(file)
-    assert f"{file}: {key}: does not belong" in str(caught.value)
+    for text in ("fp16: ", "optimizer: ", "zero_optimization.stage3_max_live_parameter: ", "Did you mean stage3_max_live_parameters?"):
+        assert text in str(caught.value)
+
+
+def test_the_keys_are_deepspeed_s_own():
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {text for key, field in DeepSpeedZeroConfig.model_fields.items() for text in (key, field.alias) if text}
+    assert known == ZERO_KEYS
+    # One of those is refused by DeepSpeed too, one at the top is not.
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        DeepSpeedZeroConfig(stage3_max_live_parameter=1)
+    DeepSpeedConfig({"train_batch_size": 1, "frobnicate": 1})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 4, -1, None, "3"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.job.errors import JobError
 from pipeline.job.files import shipped
 from pipeline.job.read import read_job
-from pipeline.planning import make_plan
+from pipeline.job.zero import deepspeed_config
+from pipeline.planning import make_plan, write_mended
 
 ROOT = Path(__file__).parent.parent.parent
 GOOD = {"stage": 3, "stage3_prefetch_bucket_size": 500_000_000, "stage3_max_live_parameters": 4_000_000_000}
@@ -20,10 +22,10 @@ REUSE = {"stage3_max_reuse_distance": 2_000_000_000}
 def lint_of(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
-    def lint(section: dict, *overrides: str, job: str = "jobs/gpt3/175b_lora_wikisql.toml", ranks: int = 16) -> dict:
+    def lint(section: dict, *overrides: str, job: str = "jobs/gpt3/175b_lora_wikisql.toml", ranks: int = 16, **top: object) -> dict:
         file = tmp_path / "zero.json"
-        file.write_text(json.dumps({"zero_optimization": section}))
-        return make_plan(read_job(Path(job), (f"memory.config={file}", *overrides)), "a100-80g", ranks, None, None)
+        file.write_text(json.dumps({"zero_optimization": section, **top}))
+        return make_plan(read_job(Path(job), (f"memory.config={file}", *overrides), lenient=True), "a100-80g", ranks, None, None)
 
     return lint
 
@@ -51,7 +53,7 @@ def test_costly_keys_are_named_and_mended(lint_of, section, keys, says):
         assert plan["lint"]["mended"] is None
         return
     assert says in findings[0]["costs"]
-    again = lint_of(plan["lint"]["mended"])
+    again = lint_of(plan["lint"]["mended"]["zero_optimization"])
     assert again["lint"]["findings"] == []
     assert "GiB a GPU more" not in says or again["peak_bytes"] < plan["peak_bytes"]
 
@@ -70,7 +72,35 @@ def test_what_is_gathered_again_for_nothing_is_counted(lint_of, gpt2_base, tmp_p
 
 def test_no_shipped_configuration_costs_anything_on_a_large_base(lint_of):
     files = sorted(shipped("ds_configs").glob("*.json"))
-    assert len(files) == 2
+    assert len(files) == 8
     for file in files:
-        plan = lint_of(json.loads(file.read_text())["zero_optimization"])
+        section = json.loads(file.read_text())["zero_optimization"]
+        if section.get("offload_param", {}).get("device") == "nvme":
+            section["offload_param"]["nvme_path"] = "/scratch"
+        plan = lint_of(section)
         assert plan["lint"]["findings"] == [], file
+
+
+def test_every_key_that_has_no_place_is_named_with_the_job_s_key_and_left_out(lint_of, tmp_path):
+    section = {**GOOD, **REUSE, "stage3_max_live_paramters": 1, "sub_group_size": 1}
+    plan = lint_of(section, fp16={"enabled": True}, train_micro_batch_size_per_gpu="auto", wandb={}, optmizer={})
+    told = {finding["key"]: finding["costs"] for finding in plan["lint"]["findings"]}
+    assert list(told) == ["fp16", "optmizer", "train_micro_batch_size_per_gpu", "wandb", "stage3_max_live_paramters", "sub_group_size"]
+    assert "Set base.dtype" in told["fp16"]
+    assert "Set train.micro_batch_tokens" in told["train_micro_batch_size_per_gpu"]
+    assert "would ignore it" in told["optmizer"]
+    assert "Did you mean stage3_max_live_parameters?" in told["stage3_max_live_paramters"]
+    file = tmp_path / "mended.json"
+    write_mended(plan, file)
+    assert json.loads(file.read_text()) == {"zero_optimization": {**GOOD, **REUSE}}
+    deepspeed_config(file)
+    with pytest.raises(JobError, match="is there already"):
+        write_mended(plan, file)
+
+
+def test_a_file_that_costs_nothing_is_written_as_it_is_and_a_choice_as_it_was_made(lint_of, tmp_path):
+    write_mended(lint_of({**GOOD, **REUSE}), tmp_path / "same.json")
+    assert json.loads((tmp_path / "same.json").read_text()) == {"zero_optimization": {**GOOD, **REUSE}}
+    plan = lint_of({}, "memory.config=auto")
+    write_mended(plan, tmp_path / "chosen.json")
+    assert json.loads((tmp_path / "chosen.json").read_text()) == plan["chosen"]["config"]
