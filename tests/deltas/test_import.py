@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM
 from pipeline.deltas.merge import merge
 from pipeline.importing import import_delta
 from pipeline.job.errors import JobError
+from pipeline.job.files import memory_config
 from pipeline.job.method import Lora
+from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import attach
 from pipeline.methods.files import restore
-from pipeline.model.build import build
 from pipeline.model.config import read_config
-from pipeline.weights.delta import read_delta, read_head, read_manifest
+from pipeline.model.load import load_base
+from pipeline.weights.delta import read_delta, read_manifest
 from pipeline.weights.digest import base_digest, file_digests
 from tests.families import make_family
 
@@ -66,22 +68,24 @@ def mnli(published, roberta_shaped, tmp_path_factory):
 
 def test_the_papers_checkpoint_is_in_the_delta_to_the_bit(published, mnli):
     theirs = torch.load(published, map_location="cpu", weights_only=True)
-    manifest, pairs = read_delta(mnli)
+    stored = read_delta(mnli)
+    manifest, pairs = stored.manifest, stored.pairs
     assert sum(a.numel() + b.numel() for a, b in pairs.values()) == 294_912
     assert {(module.rank, module.alpha) for module in manifest.modules} == {(8, 16.0)}
     ours = {f"{name}.lora_{part}": tensor for name, pair in pairs.items() for part, tensor in zip("AB", pair, strict=True)}
-    ours |= read_head(mnli)
+    ours |= stored.head
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (manifest.head.labels, manifest.head.architecture) == (MNLI, "RobertaForSequenceClassification")
 
 
 def test_it_attaches_to_a_roberta_base_with_every_name_and_none_too_many(roberta_shaped, mnli):
-    model, family = build(read_config(roberta_shaped), 0.0)
-    delta = attach(model, family, (Lora(kind="lora", rank=8, alpha=16.0),), 1, torch.device("cpu"), MNLI)
+    cpu, zero = torch.device("cpu"), deepspeed_config(memory_config("zero0.json"))
+    base = load_base(roberta_shaped, read_config(roberta_shaped), torch.float32, cpu, zero)
+    delta = attach(base, (Lora(kind="lora", rank=8, alpha=16.0),), 1, cpu, MNLI)
     # Refuses another set of modules, another rank, another head.
     restore(delta, mnli, base_digest(file_digests((roberta_shaped / "model.safetensors",))))
-    _, pairs = read_delta(mnli)
+    pairs = read_delta(mnli).pairs
     for adapted in delta.adapted:
         (branch,) = adapted.branches
         assert all(torch.equal(*two) for two in zip((branch.a, branch.b), pairs[adapted.module], strict=True))
