@@ -115,7 +115,7 @@ def test_it_answers_as_loralibs_formula_does(published, roberta_shaped, mnli, tm
     [
         (PLAIN, True),
         (PLAIN, False),
-        ({**PLAIN, "rank_pattern": {".*c_attn|v_proj": 2}, "alpha_pattern": {"c_fc|v_proj": 7, ".*1.*": 9}}, True),
+        ({**PLAIN, "rank_pattern": {".*c_attn|v_proj": 2}, "alpha_pattern": {".*1.*": 9, "c_fc|v_proj": 7}}, True),
         ({**PLAIN, "use_rslora": True}, True),
     ],
     ids=["plain", "pickled", "patterns", "stabilised"],
