@@ -33,7 +33,7 @@ from pipeline.tasks.prompts import Asked
 from pipeline.tasks.specials import Specials, specials_of
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
-from pipeline.weights.delta import MANIFEST, Manifest, read_delta
+from pipeline.weights.delta import Manifest, delta_folder, read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
 from pipeline.weights.index import Checkpoint, open_checkpoint
@@ -151,7 +151,7 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     folder = one_rank_first(ranks, lambda: local_base(source.base, source.revision))
     config, checkpoint = read_config(folder), open_checkpoint(folder)
     refuse_encoder(config, "generating")
-    delta = _delta_folder(source.delta) if source.delta else None
+    delta = delta_folder(source.delta) if source.delta else None
     stored = read_delta(delta) if delta else None
     manifest = stored.manifest if stored else None
     if manifest and manifest.head:
@@ -177,11 +177,6 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     specials = specials_of(methods_of(stored.manifest, delta), config.vocab_size) if stored and delta else None
     engine = Engine(root, zero)
     return Generator(ranks, screen, source, dtype, manifest, separator, tokens, encoder, specials, root, engine, decoding, too_long)
-
-
-def _delta_folder(given: Path) -> Path:
-    inside = given / "delta"
-    return inside if not (given / MANIFEST).is_file() and (inside / MANIFEST).is_file() else given
 
 
 def _separator(asked: str | None, manifest: Manifest | None, delta: Path | None) -> str:

@@ -18,7 +18,7 @@ from pipeline.methods.head import TaskHead, draw_head
 from pipeline.model.build import build
 from pipeline.model.config import read_config
 from pipeline.model.families import Family
-from pipeline.model.linear import FrozenLinear
+from pipeline.model.linear import BaseLinear
 from pipeline.model.names import find
 from pipeline.weights.atomic import refuse_filled
 from pipeline.weights.delta import Head, Module, head_key, keys_of, write_delta
@@ -52,7 +52,7 @@ def import_delta(
     foreign, folder = read_foreign(source, alpha), local_base(base, revision)
     checkpoint, config = open_checkpoint(folder), read_config(folder)
     model, family = build(config, 0.0)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, BaseLinear)}
     modules: list[Module] = []
     tensors: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
@@ -78,7 +78,7 @@ def import_delta(
     heads = tuple(head.tensors) if head else ()
     tensors |= {head_key(name): foreign.rest[name].contiguous() for name in heads}
     digests = file_digests(checkpoint.files)
-    manifest = {
+    manifest: dict[str, Any] = {
         "base": str(folder.resolve()) if Path(base).is_dir() else base,
         "base_digest": base_digest(digests),
         "base_files": digests,
@@ -106,7 +106,7 @@ def _whole(
     source: Path,
     module: str,
     pair: tuple[torch.Tensor, torch.Tensor],
-    linear: FrozenLinear,
+    linear: BaseLinear,
     family: Family,
     parts: tuple[str, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:

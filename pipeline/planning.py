@@ -50,7 +50,7 @@ def make_plan(
     Raises:
         JobError: an unknown architecture, GPU or target; more nodes than GPUs; bf16 on a V100; examples longer than a micro-batch.
     """
-    row = gpu_of(gpu).shared_by(ranks or 1)
+    row = gpu_of(gpu).shared_by(-(-(ranks or 1) // (nodes or 1)))
     if job.base.dtype == "bf16" and not row.bf16:
         raise JobError(f'base.dtype = "bf16": {row.name} does not compute in bf16. Use --set base.dtype=fp16.')
     if nodes and ranks and nodes > ranks:
@@ -59,7 +59,7 @@ def make_plan(
     labels = labels_of(first)
     folder = local_config(job.base.model, job.base.revision)
     auto, config = job.memory.config == AUTO, Path(job.memory.config)
-    shape, zero = read_shape(folder), None if auto else deepspeed_config(config, lenient=True)
+    shape, zero = read_shape(folder), None if auto else deepspeed_config(config, job.memory.nvme_path, lenient=True)
     written = None if auto else json.loads(config.read_text(encoding="utf-8"))
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
@@ -67,6 +67,8 @@ def make_plan(
             f"train.micro_batch_tokens = {asked.micro_batch_tokens}: an example may have {asked.example_tokens} tokens. "
             "Set it to that or more, set train.max_tokens, or give --example-tokens."
         )
+    if ranks and asked.group and ranks % asked.group:
+        raise JobError(f"--gpus {ranks}: zero_hpz_partition_size = {asked.group} does not divide them. Use a multiple of it, or change it.")
     fewest = fewest_gpus(asked, row)
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
@@ -98,6 +100,7 @@ def _plan(
             "nodes": asked.nodes,
             "dtype": asked.dtype,
             "zero_stage": asked.stage,
+            "group": asked.group,
             "offload": asked.offload,
             "gradient_checkpointing": asked.checkpointing,
             "micro_batch_tokens": asked.micro_batch_tokens,
@@ -164,7 +167,7 @@ def _whole_run(train: Train, step_gpu_s: float, known: Examples | None, price: P
 def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
     """Name, formula and bytes, a line each."""
     found, shape, e = memory(asked), asked.shape, asked.element_bytes
-    ranks = asked.ranks if asked.stage == 3 else 1
+    ranks = asked.sharers
     largest = "layer" if asked.checkpointing else "module"
     lines = [
         ("base shard", f"{shape.parameters:,} parameters x {e} / {ranks}", found.parts["base_shard"]),
@@ -236,6 +239,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         "beside it",
         [
             ("main memory", f"{size_text(needs['host_per_node'])} a node"),
+            *([("disk of a node", f"{size_text(needs['nvme_per_node'])} for shards")] if needs["nvme_per_node"] else []),
             ("disk", f"{size_text(needs['disk_per_run'])} a run, base {size_text(needs['base_on_disk'])} once"),
             ("delta, state", f"{size_text(needs['delta_file'])}, {size_text(needs['state_file'])}"),
         ],

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from pipeline.evaluate.best import BestDelta, refuse_unscorable, weights_in
 from pipeline.evaluate.score import write_predictions
 from pipeline.job.errors import Diverged, JobError, Stopped
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
-from pipeline.methods.files import restore
+from pipeline.methods.files import begin, restore
 from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
 from pipeline.screen import Screen
@@ -24,7 +22,6 @@ from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, take_steps
 from pipeline.train.step import Stepper
-from pipeline.weights.digest import base_digest
 from pipeline.writer import Writer
 
 DELTAS = {"best": "best", "last": "delta"}
@@ -55,10 +52,13 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     held_out = session.evaluation(job.evaluate.split)
     stepper = Stepper(session.engine, session.root, session.delta, job.train, ranks, fp16=job.base.dtype == "fp16")
     best = BestDelta(job.evaluate, start.best, weights_in(tensors))
+    notes = start.notes
     if start.record:
         stepper.restore(tensors, start.progress)
         del tensors
-    show_start(screen, run, job, session, course, data, start.notes)
+    elif any(method.start for method in job.methods):
+        notes = (*notes, *begin(session.delta, session.base_digest()))
+    show_start(screen, run, job, session, course, data, notes)
     if not held_out:
         screen.print(f"not scored: there is no {job.evaluate.split} split")
     progress = good = start.progress
@@ -125,9 +125,7 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
     if not any(has_split(task, split) for task in sources_of(job.task)):
         raise JobError(f"--split {split}: the job has no {split} split. Name its file in [task], or choose another.", everywhere=True)
     session = open_session(job, ranks, screen)
-    digest = [base_digest(session.digests.result()) if session.digests else ""]
-    dist.broadcast_object_list(digest)
-    manifest = restore(session.delta, run / DELTAS[which], digest[0])
+    manifest = restore(session.delta, run / DELTAS[which], session.base_digest())
     scores = session.score(session.evaluation(split))
     file = run / "predictions" / (f"{split}-best.jsonl" if which == "best" else f"{split}.jsonl")
     written = write_predictions(file, scores) if ranks.first else None

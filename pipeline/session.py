@@ -30,7 +30,7 @@ from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.unknown import family_of, refuse_roles
 from pipeline.plan.choose import Choice, choose
 from pipeline.plan.families import read_shape
-from pipeline.plan.hardware import gpu_of
+from pipeline.plan.hardware import gpu_of, main_memory_bytes
 from pipeline.plan.memory import setting
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
@@ -44,7 +44,7 @@ from pipeline.tasks.store import Store
 from pipeline.tasks.texts import wanted_texts
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine, Ranks, one_rank_first
-from pipeline.weights.digest import file_digests, sha256_of
+from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.hub import local_base
 from pipeline.weights.record import DataFile
 
@@ -107,6 +107,13 @@ class Session:
             sum(over for _, over in fitted),
             tuple(reason for store in stores for reason in store.about.dropped),
         )
+
+    def base_digest(self) -> str:
+        """Of the base's files, once they have been hashed. A collective."""
+        self.ranks.watch.at("hashing the base", patient=True)
+        digest = [base_digest(self.digests.result()) if self.digests else ""]
+        dist.broadcast_object_list(digest)
+        return digest[0]
 
     @property
     def specials(self) -> Specials | None:
@@ -172,7 +179,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     if not family_of(config).encoder:
         tokens.require_end()
     choice = _chosen(job, folder, ranks) if job.memory.config == AUTO else None
-    zero = complete(choice.config) if choice else deepspeed_config(Path(job.memory.config))
+    zero = complete(choice.config) if choice else deepspeed_config(Path(job.memory.config), job.memory.nvme_path)
     loading = "loading the base"
     base = load_base(
         folder,
@@ -208,15 +215,13 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
 
 def _chosen(job: Job, folder: Path, ranks: Ranks) -> Choice:
     """The memory configuration that the first rank's plan chooses, on every rank."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    local, main = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)), main_memory_bytes()
     # Of a GPU only its memory matters here.
     gpu = gpu_of("cpu" if ranks.device.type == "cpu" else "a100-80g")
-    if ranks.device.type == "cuda":
-        total = torch.cuda.mem_get_info(ranks.device)[1]
+    total = main // local if ranks.device.type == "cpu" else torch.cuda.mem_get_info(ranks.device)[1]
     labels = labels_of(sources_of(job.task)[0])
     outputs = 1 if labels is None else len(labels)
     asked = setting(job, None, read_shape(folder), replace(gpu, memory_bytes=total), ranks.count, -(-ranks.count // local), outputs, None)
-    choice = [choose(asked)]
+    choice = [choose(replace(asked, main_memory_bytes=main))]
     dist.broadcast_object_list(choice)
     return choice[0]

@@ -77,12 +77,22 @@ def inside_ranks() -> bool:
         RANK=os.environ["SLURM_PROCID"],
         WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=_local_tasks(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])),
         MASTER_ADDR=os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
         MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
     )
     for name, value in _thread_defaults(int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))).items():
         os.environ.setdefault(name, value)
     return True
+
+
+def _local_tasks(tasks: str, node: int) -> str:
+    """Of the node of that number, in Slurm's list of all nodes' tasks, such as `8(x2),4`."""
+    counts: list[str] = []
+    for part in tasks.split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[node]
 
 
 def _first_host(nodes: str) -> str:

@@ -10,7 +10,7 @@ AUTO = "auto"
 """The memory configuration that the plan chooses."""
 _PACKAGE = Path(__file__).parent.parent
 BASES = _PACKAGE / "plan" / "bases"
-"""A folder with a config.json, and nothing else, for each base of the paper."""
+"""A folder with a config.json, and nothing else, for each base of the paper's jobs."""
 
 
 def shipped(folder: str) -> Path:
@@ -38,6 +38,6 @@ def known_base(model: str) -> Path | None:
         model: its name, with or without its owner on the hub.
     """
     name = model
-    for owner in ("openai-community", "FacebookAI", "microsoft"):
+    for owner in ("openai-community", "FacebookAI", "microsoft", "facebook"):
         name = name.removeprefix(f"{owner}/")
     return next((folder for folder in BASES.iterdir() if folder.name == name), None)

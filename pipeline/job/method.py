@@ -135,6 +135,11 @@ class Adapter(Section):
 Method: TypeAlias = Annotated[Lora | Full | FullTop | BitFit | PrefixEmbed | PrefixLayer | Adapter, Field(discriminator="kind")]
 
 
+def trains_matrices(methods: tuple[Method, ...]) -> str | None:
+    """The kind that trains matrices of the base, whose masters are sharded as the base is; None: the base's matrices stay frozen."""
+    return next((method.kind for method in methods if isinstance(method, Full | FullTop)), None)
+
+
 def refuse_together(methods: tuple[Method, ...]) -> None:
     """Raises:
     ValueError: methods that do not make a combination."""

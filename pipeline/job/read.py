@@ -19,11 +19,11 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO, memory_config
-from pipeline.job.method import Method
+from pipeline.job.method import Method, trains_matrices
 from pipeline.job.spec import Base, Evaluate, Job, Memory, Train
 from pipeline.job.task import Mix, SingleTask, Task
 from pipeline.job.toml import EITHER, read_toml
-from pipeline.job.zero import deepspeed_config
+from pipeline.job.zero import deepspeed_config, group_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -240,7 +240,13 @@ def _resolve(job: Job, path: Path, lenient: bool) -> Job:
         config = memory_config(job.memory.config)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
-    deepspeed_config(config, lenient=lenient)
+    zero = deepspeed_config(config, job.memory.nvme_path, lenient)
+    group, trained = group_of(zero), trains_matrices(job.methods)
+    if group and trained:
+        raise JobError(
+            f'{path}: memory.config: zero_hpz_partition_size = {group}: groups of ranks hold copies of a frozen base, and "{trained}" '
+            "trains it. Use zero3.json, or leave the key out."
+        )
     memory = job.memory.model_copy(update={"config": str(config)})
     return job.model_copy(update={"base": base, "task": task, "memory": memory, "methods": methods})
 
@@ -250,8 +256,8 @@ def _begun(method: Method, path: Path, place: int) -> Method:
         return method
     if not Path(method.start).is_dir():
         raise JobError(
-            f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Name a delta, or '
-            "the run that has it; the path is relative to the folder you run the command in."
+            f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Train '
+            "the run that it names first, or name another run or delta; the path is relative to the folder you run the command in."
         )
     return method.model_copy(update={"start": str(Path(method.start).resolve())})
 

@@ -145,6 +145,9 @@ class Evaluate(Decoding):
 class Memory(Section):
     config: str = "zero3.json"
     """A file of ds_configs/, a path, or "auto": the fastest that fits is chosen and written to the run as `deepspeed.json`."""
+    nvme_path: str | None = None
+    """A folder on each node's own disk, for shards of the base where `config` asks for that, or is "auto" and nothing else fits.
+    `$NAME` in it comes from the environment of each rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

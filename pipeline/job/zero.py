@@ -8,24 +8,53 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.job.errors import JobError
 from pipeline.job.zero_keys import ALLOWED, strangers, without_strangers
 
-_NOT_YET = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
-"""Key -> its value when off. On, they change how a shard is stored, which the loader does not know."""
+_GROUP = "zero_hpz_partition_size"
+_NOT_YET = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""They change how a shard is stored, which the loader does not know."""
+Offload = Literal["cpu", "nvme"]
+"""Where shards are, if not on the device that computes."""
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """0 (the base whole on every rank) or 3 (the base sharded over all ranks)."""
+    """0 (the base whole on every rank) or 3 (the base sharded over ranks)."""
     return int(config["zero_optimization"]["stage"])
 
 
-def deepspeed_config(path: Path, lenient: bool = False) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`.
+def group_of(config: dict[str, Any]) -> int | None:
+    """So many consecutive ranks hold one copy of the base among them; None: all ranks together do."""
+    count = int(config["zero_optimization"].get(_GROUP, 1))
+    return count if count > 1 else None
+
+
+def offload_of(config: dict[str, Any]) -> Offload | None:
+    device = (config["zero_optimization"].get("offload_param") or {}).get("device")
+    return device if device in ("cpu", "nvme") else None
+
+
+def nvme_path_of(config: dict[str, Any]) -> str | None:
+    """The folder for shards on disk; None: they are elsewhere."""
+    return str(config["zero_optimization"]["offload_param"]["nvme_path"]) if offload_of(config) == "nvme" else None
+
+
+def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed is told. Groups of ranks and files are ours (pipeline/model/zero3.py): to it, groups are all there is, and
+    mapped files are main memory."""
+    section = {key: value for key, value in config["zero_optimization"].items() if key != _GROUP}
+    if offload_of(config) == "nvme":
+        section["offload_param"] = {"device": "cpu"}
+    return {**config, "zero_optimization": section}
+
+
+def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = False) -> dict[str, Any]:
+    """The memory configuration of a file, with what every run sets.
 
     Args:
+        nvme_path: of the job, for a file that asks for shards on disk and names no folder.
         lenient: what has no place there is left out; otherwise it is refused, all of it at once.
 
     Raises:
@@ -42,19 +71,42 @@ def deepspeed_config(path: Path, lenient: bool = False) -> dict[str, Any]:
     elif found := strangers(asked):
         told = " ".join(f"{key}: {instead}" for key, instead in found.items())
         raise JobError(f"{path}: {told} Here are only {', '.join(ALLOWED)}; zlora plan JOB --mend FILE writes one without the rest.")
-    stage = asked["zero_optimization"].get("stage")
+    section = asked["zero_optimization"]
+    stage = section.get("stage")
     if stage not in (0, 3):
         raise JobError(
             f"{path}: zero_optimization.stage = {json.dumps(stage)}: with a frozen base, stages 1 and 2 shard nothing. "
-            "Use 3 (base sharded over all ranks) or 0 (base whole on every rank)."
+            "Use 3 (base sharded over ranks) or 0 (base whole on every rank)."
         )
-    for key, off in _NOT_YET.items():
-        if asked["zero_optimization"].get(key, off) != off:
+    for key in _NOT_YET:
+        if section.get(key):
             raise JobError(f"{path}: zero_optimization.{key}: not supported yet. Remove it.")
-    offload = asked["zero_optimization"].get("offload_param") or {}
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise JobError(f'{path}: zero_optimization.offload_param.device = "nvme": not supported yet. Use "cpu".')
+    group = section.get(_GROUP, 1)
+    if type(group) is not int or group < 0:
+        raise JobError(f"{path}: zero_optimization.{_GROUP} = {json.dumps(group)}: not a number of ranks. Use those of a node, such as 8.")
+    if section.get("offload_param") is not None:
+        section["offload_param"] = _offload(path, section["offload_param"], nvme_path)
     return complete(asked)
+
+
+def _offload(path: Path, asked: Any, nvme_path: str | None) -> dict[str, Any]:
+    """`offload_param` as it was asked, with the folder for shards on disk."""
+    where = f"{path}: zero_optimization.offload_param"
+    if not isinstance(asked, dict):
+        raise JobError(f'{where} = {json.dumps(asked)}: not an object. Use {{"device": "cpu"}}, or leave it out.')
+    device = asked.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
+        raise JobError(f'{where}.device = {json.dumps(device)}: not a place for shards. Use "cpu", "nvme" or "none".')
+    if device != "nvme":
+        return asked
+    if asked.get("pin_memory"):
+        raise JobError(f'{where}.pin_memory: shards on disk are mapped, and mapped pages cannot be pinned. Leave it out, or use "cpu".')
+    folder = asked.get("nvme_path") or nvme_path
+    if not folder:
+        raise JobError(f"{where}.nvme_path: missing. Name a folder on a disk of each node there, or in a job as memory.nvme_path.")
+    if nvme_path and nvme_path != folder:
+        raise JobError(f'{where}.nvme_path = "{folder}", but the job has memory.nvme_path = "{nvme_path}". Leave one of them out.')
+    return {**asked, "nvme_path": folder}
 
 
 def complete(asked: dict[str, Any]) -> dict[str, Any]:

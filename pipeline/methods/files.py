@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.job.errors import JobError
-from pipeline.job.method import Lora
+from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.spec import Base
 from pipeline.methods.attach import Delta
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import run_of
-from pipeline.weights.delta import Head, Manifest, Module, Replaced, StoredDelta, head_key, keys_of, read_delta, write_delta
+from pipeline.weights.delta import Head, Manifest, Module, Replaced, StoredDelta, delta_folder, head_key, keys_of, read_delta, write_delta
 from pipeline.weights.digest import base_digest
 
 
@@ -46,7 +45,7 @@ def store(
         stored[a_key], stored[b_key] = pair.a.contiguous(), pair.b.contiguous()
     head = tuple(delta.head.tensors) if delta.head else ()
     stored |= {head_key(name): values[name].contiguous() for name in head}
-    other = tuple(_other(delta))
+    other = tuple(_placed(delta))
     stored |= {name: values[name].contiguous() for name in (*(one.name for one in delta.base), *other)}
     modules = tuple(
         Module(
@@ -78,45 +77,54 @@ def store(
     write_delta(folder, stored, _peft_config(delta, pairs, base.model) if only_lora else None, manifest, beside)
 
 
-def restore(
-    delta: Delta, folder: Path, digest: str, repair: str = "Use the job.toml of the run it came from.", head: bool = True
-) -> Manifest:
+def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
     """Copies a stored delta into the attached methods.
 
     Args:
         digest: of the base that was loaded.
-        repair: the end of what is said where it does not fit.
-        head: of the task's head too. Without: it stays as it was drawn.
 
     Raises:
         JobError: trained on another base, or by a job with other methods.
     """
     stored = read_delta(folder)
     refuse_other_base(stored.manifest, folder, digest)
+    repair = "Use the job.toml of the run it came from."
+    restore_lora(delta, stored, folder, repair)
+    restore_placed(delta, stored, folder, repair)
+    restore_base(delta, stored, folder, repair)
+    if not restore_head(delta, stored):
+        raise JobError(f"{folder}: its head is not that of the job's task. {repair}")
+    return stored.manifest
+
+
+def restore_lora(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+    """Raises:
+    JobError: it adapts other modules, or in another rank."""
     if set(stored.pairs) != {adapted.module for adapted in delta.adapted}:
-        raise JobError(f"{folder}: LoRA adapts other modules in it than the job's does. {repair}")
+        raise JobError(f"{folder}: LoRA adapts other modules in it than in the job. {repair}")
     for adapted in delta.adapted:
         try:
             from_peft(adapted, *stored.pairs[adapted.module])
         except ValueError as error:
             raise JobError(f"{folder}: {error}. {repair}") from None
-    restore_others(delta, stored, folder, repair)
-    _restore_base(delta, stored, folder, repair)
-    if head:
-        _copy(delta.head.tensors if delta.head else {}, stored.head, lambda: f"{folder}: its head is not that of the job's task. {repair}")
-    return stored.manifest
 
 
-def restore_others(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
-    """Copies adapters and special tokens.
+def restore_placed(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+    """Of adapters and special tokens.
 
     Raises:
         JobError: it has others.
     """
-    _copy(_other(delta), stored.other, lambda: _unlike(folder, repair))
+    if not _copy(_placed(delta), stored.other):
+        raise JobError(_unlike(folder, repair))
 
 
-def _restore_base(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+def restore_base(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -> None:
+    """Of the base's own parameters.
+
+    Raises:
+        JobError: it has others.
+    """
     if {one.name: tuple(one.shape) for one in delta.base} != {name: tuple(tensor.shape) for name, tensor in stored.replaced.items()}:
         raise JobError(_unlike(folder, repair))
     for one in delta.base:
@@ -130,20 +138,67 @@ def _restore_base(delta: Delta, stored: StoredDelta, folder: Path, repair: str) 
     delta.publish()
 
 
+def restore_head(delta: Delta, stored: StoredDelta) -> bool:
+    """Whether the stored head was that of the job's task; if not, nothing is changed."""
+    theirs = stored.manifest.head
+    if (delta.head is None) != (theirs is None) or (delta.head and theirs and delta.head.labels != theirs.labels):
+        return False
+    return _copy(delta.head.tensors if delta.head else {}, stored.head)
+
+
+def begin(delta: Delta, digest: str) -> list[tuple[str, str]]:
+    """Copies what the methods are to start from. A head is taken over where it is of the same labels; else it stays as it was drawn.
+
+    Args:
+        digest: of the base that was loaded.
+
+    Returns:
+        What is to be said of it.
+
+    Raises:
+        JobError: no such delta, another base's, or one of other methods or settings.
+    """
+    told: list[tuple[str, str]] = []
+    for place, method in enumerate(delta.methods):
+        if method.start is None:
+            continue
+        folder = delta_folder(Path(method.start))
+        stored = read_delta(folder)
+        refuse_other_base(stored.manifest, folder, digest)
+        repair = f"methods[{place}].start needs one of the same method and settings."
+        match method:
+            case Lora():
+                restore_lora(delta, stored, folder, repair)
+            case Adapter(layernorm=True) if method.placement != "lin":
+                restore_placed(delta, stored, folder, repair)
+                restore_base(delta, stored, folder, repair)
+            case Adapter() | PrefixEmbed() | PrefixLayer():
+                restore_placed(delta, stored, folder, repair)
+            case Full() | FullTop() | BitFit():
+                restore_base(delta, stored, folder, repair)
+        head = ""
+        if delta.head:
+            head = ", its head too" if restore_head(delta, stored) else "; its head is of other labels, so this one is new"
+        told.append(("begins", f"from {folder}, after {stored.manifest.step} steps{head}"))
+    return told
+
+
 def _unlike(folder: Path, repair: str) -> str:
     return f"{folder}: was trained by other methods, or with other settings. {repair}"
 
 
-def _copy(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], unlike: Callable[[], str]) -> None:
+def _copy(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> bool:
+    """False, and nothing copied, where names or shapes differ."""
     if {name: tensor.shape for name, tensor in stored.items()} != {name: tensor.shape for name, tensor in own.items()}:
-        raise JobError(unlike())
+        return False
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(stored[name])
+    return True
 
 
-def _other(delta: Delta) -> dict[str, torch.Tensor]:
-    """Tensors that are neither LoRA's, nor the base's, nor a head's."""
+def _placed(delta: Delta) -> dict[str, torch.Tensor]:
+    """Of adapters and special tokens."""
     found: dict[str, torch.Tensor] = dict(delta.prefix.rows) if delta.prefix else {}
     for adapter in delta.adapters:
         found |= adapter.tensors()

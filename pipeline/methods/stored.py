@@ -14,7 +14,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter, Method, PrefixEmbed, PrefixLayer
 from pipeline.methods.attach import attach
 from pipeline.methods.dropout import DropoutClock
-from pipeline.methods.files import restore_others
+from pipeline.methods.files import restore_placed
 from pipeline.methods.lora import LoraBranch, Rows
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import LoadedBase
@@ -40,7 +40,7 @@ def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: t
         scale, rows = module.alpha / module.rank, Rows(0, b.shape[0])
         linear.branches.append(LoraBranch(module.name, a.to(device), b.to(device), scale, rows, dropout=0.0, layer=place, clock=clock))
     placed = tuple(method for method in methods_of(stored.manifest, folder) if isinstance(method, Adapter | PrefixEmbed | PrefixLayer))
-    restore_others(attach(base, placed, 0, device, train=False), stored, folder, "Name the base it was trained on.")
+    restore_placed(attach(base, placed, 0, device, train=False), stored, folder, "Name the base it was trained on.")
     parameters = dict(model.named_parameters())
     for name, tensor in stored.replaced.items():
         if name not in parameters or shape_of(parameters[name]) != tuple(tensor.shape):

@@ -133,8 +133,8 @@ def _names(base: LoadedBase, method: Method, place: int) -> Iterable[str]:
             raise JobError(f'methods[{place}].kind = "bitfit": this {kind} has no bias vectors. Use another method.', everywhere=True)
         case Adapter(placement=placement, layernorm=True) if placement != "lin":
             # Those below the first adapter would have the backward pass go through layers that it need not.
-            layers = tuple(f"{family.layers}.{number}." for number in range(method.first_layer or 0, base.model.config.num_hidden_layers))
-            return [name for name in names if name.startswith(layers) and _is_norm(name, family)]
+            having = tuple(f"{family.layers}.{number}." for number in range(method.first_layer or 0, base.model.config.num_hidden_layers))
+            return [name for name in names if name.startswith(having) and _is_norm(name, family)]
         case _:
             return ()
 

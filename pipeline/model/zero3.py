@@ -2,6 +2,9 @@
 
 A ZeRO-3 parameter of n elements on W ranks is W equal runs of ceil(n / W) elements of the flattened tensor; rank r holds run r
 in `ds_tensor`, the last runs padded with zeros. Written against deepspeed 0.19.8: `_convert_to_deepspeed_param` is private.
+
+W is all ranks, or a group of consecutive ones (`zero_hpz_partition_size`), each group with a copy of the base. DeepSpeed's own way
+keeps a second, finer partition over all ranks, for weights that change; these are frozen, so what a group holds never leaves it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,27 +22,32 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.job.errors import JobError
+from pipeline.job.zero import for_deepspeed, group_of, nvme_path_of
+from pipeline.weights.mapped import mapped
 
 Fill = Callable[[int, torch.Tensor], None]
 """(first element, destination 1-D tensor) -> writes the elements from there on into the destination."""
+_EVER = timedelta(days=1)
+"""The watchdog gives up first (pipeline/train/engine.py)."""
 
 
 class Partitioner:
-    """Makes ZeRO-3 parameters that were never whole.
+    """Makes ZeRO-3 parameters that were never whole. All ranks make one together.
 
     Raises:
-        JobError: DeepSpeed does not know a key of the memory configuration, or not its value.
+        JobError: DeepSpeed does not know a key of the memory configuration, or not its value; groups that do not divide the ranks.
     """
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
         # Constructed, not entered: entering would hook every module's constructor.
         try:
-            self._init = Init(config_dict_or_path=config, dtype=dtype)
+            self._init = Init(config_dict_or_path=for_deepspeed(config), dtype=dtype, data_parallel_group=_group(group_of(config)))
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise JobError(f"memory.config: zero_optimization.{key}: {problem['msg']}. Mend that key of the file.") from None
         self._dtype = dtype
+        self._nvme_path = nvme_path_of(config)
 
     def parameter(self, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
         """A frozen partitioned parameter; `fill` is asked for this rank's run only."""
@@ -51,12 +60,14 @@ class Partitioner:
         parameter.ds_numel = numel
         first, held = run_of(parameter)
         run = -(-numel // ranks)
-        remote = self._init.remote_device
+        remote = "cpu" if self._nvme_path else self._init.remote_device
         shard: Any = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
-        if shard.device.type == "cpu" and self._init.pin_memory:
+        if shard.device != parameter.device and self._init.pin_memory and not self._nvme_path:
             shard = shard.pin_memory()
         fill(first, shard[:held])
         shard[held:].zero_()
+        if self._nvme_path:
+            shard = mapped(shard, self._nvme_path)
         shard.ds_numel = run
         shard.status = PartitionedParamStatus.AVAILABLE
         shard.final_location = None
@@ -64,6 +75,21 @@ class Partitioner:
         parameter.ds_tensor = shard
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         return parameter
+
+
+def _group(count: int | None) -> dist.ProcessGroup | None:
+    """This rank's group of so many; None: all ranks."""
+    ranks = dist.get_world_size()
+    if count is None or count == ranks:
+        return None
+    if ranks % count:
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise JobError(
+            f"memory.config: zero_optimization.zero_hpz_partition_size = {count}: groups of that many do not divide {ranks} ranks. "
+            f"Use one of {fitting}.",
+            everywhere=True,
+        )
+    return dist.new_subgroups(count, timeout=_EVER)[0]
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -142,9 +168,10 @@ def gathered(root: nn.Module) -> Iterator[None]:
     parameters: list[Any] = [p for p in root.parameters() if getattr(p, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE]
     try:
         for parameter in parameters:
-            shard = parameter.ds_tensor.to(parameter.device)
-            whole = shard.new_empty(shard.numel() * parameter.ds_zero_partition_world_size)
-            dist.all_gather_into_tensor(whole, shard)
+            whole = shard = parameter.ds_tensor.to(parameter.device)
+            if parameter.ds_zero_partition_world_size > 1:
+                whole = shard.new_empty(shard.numel() * parameter.ds_zero_partition_world_size)
+                dist.all_gather_into_tensor(whole, shard, group=parameter.ds_process_group)
             parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         for module, before, after in hooks:

@@ -21,6 +21,8 @@ def fits(asked: Setting) -> bool:
     if asked.auto:
         choice = choose(asked)
         return choice.fits and not choice.setting.offload
+    if asked.group and asked.ranks % asked.group:
+        return False
     return memory(asked).peak <= asked.gpu.memory_bytes
 
 
@@ -86,6 +88,7 @@ def changes(asked: Setting) -> list[Change]:
     now_bytes = now.peak
     tried: list[tuple[str, dict[str, object], Setting, str]] = []
     first: dict[str, object] = {}
+    keys: dict[str, object]
     if now.phases["generate"] > asked.gpu.memory_bytes and (tokens := largest_generation_batch(asked)):
         # Everything else can only help once this does not hide it.
         asked, first = _generating(asked, tokens), {"evaluate.batch_tokens": tokens}
@@ -109,12 +112,20 @@ def changes(asked: Setting) -> list[Change]:
                 "gathers the base more often in a step",
             )
         )
+    evenly = asked.nodes > 1 and asked.local_ranks > 1 and asked.local_ranks * asked.nodes == asked.ranks
+    if asked.stage == 0 and evenly and not asked.trains_matrices:
+        keys = {"memory.config": "zero3.json", "zero_hpz_partition_size": asked.local_ranks}
+        within = replace(asked, stage=3, group=asked.local_ranks)
+        tried.append(("shard the base within each node", keys, within, "gathers the base in each pass, from GPUs of the same node"))
+    if asked.group and asked.group < asked.ranks:
+        keys = {"zero_hpz_partition_size": 1}
+        tried.append(("shard the base over all GPUs", keys, replace(asked, group=None), "gathers the base between nodes"))
     if asked.stage == 0 and asked.ranks > 1:
         tried.append(("shard the base", {"memory.config": "zero3.json"}, replace(asked, stage=3), "gathers the base in each pass"))
     if asked.stage == 3:
         lean = lean_prefetch(asked)
         if asked.ranks > 1 and lean != asked.prefetch:
-            keys: dict[str, object] = {"stage3_prefetch_bucket_size": lean.bucket, "stage3_max_live_parameters": lean.live}
+            keys = {"stage3_prefetch_bucket_size": lean.bucket, "stage3_max_live_parameters": lean.live}
             keys |= {"stage3_max_reuse_distance": 0}
             tried.append(("gather a layer ahead only", keys, replace(asked, prefetch=lean), "gathers the base once more in a micro-batch"))
         if not asked.offload:
@@ -122,8 +133,16 @@ def changes(asked: Setting) -> list[Change]:
                 (
                     "shards in main memory",
                     {"offload_param.device": "cpu"},
-                    replace(asked, offload=True),
-                    f"{beside(replace(asked, offload=True)).host_per_node / GIB:,.0f} GiB of main memory a node, and the link to it",
+                    replace(asked, offload="cpu"),
+                    f"{beside(replace(asked, offload='cpu')).host_per_node / GIB:,.0f} GiB of main memory a node, and the link to it",
+                )
+            )
+            tried.append(
+                (
+                    "shards on disk",
+                    {"offload_param.device": "nvme"},
+                    replace(asked, offload="nvme"),
+                    f"{beside(replace(asked, offload='nvme')).nvme_per_node / GIB:,.0f} GiB of a disk of each node, and its rate",
                 )
             )
     if asked.stage == 3:

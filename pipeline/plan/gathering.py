@@ -67,13 +67,11 @@ def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, che
     """Of one micro-batch in a step after the first two.
 
     Args:
+        ranks: those that share one copy of the base. 1: it is copied from where it is, tensor by tensor.
         labels: a task's own head takes the place of the vocabulary projection.
     """
     sizes, visits = _trace(shape, adapted, checkpointing, labels)
     between = sum(size for size in sizes if size <= prefetch.persistence)
-    if ranks == 1:
-        # One rank owns everything: gathering makes no copy.
-        return Gathered(0, 0, 0, 0, 0)
     # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
     first = _Follower(sizes, visits, prefetch, ranks)
     first.run()
@@ -146,13 +144,10 @@ class _Group:
     parameters: set[int]
     flat: int
     """Elements of the buffer."""
+    alone: bool
+    """Their memory is the buffer."""
     arrived: bool = False
     waited: set[int] = field(default_factory=set)
-
-    @property
-    def alone(self) -> bool:
-        """One parameter, whose memory the buffer is."""
-        return len(self.parameters) == 1
 
 
 class _Follower:
@@ -235,7 +230,7 @@ class _Follower:
     def _gather(self, parameters: set[int]) -> None:
         # Padded so that every rank's part is the same.
         flat = sum(-(-self._sizes[p] // self._ranks) * self._ranks for p in parameters)
-        group = _Group(set(parameters), flat)
+        group = _Group(set(parameters), flat, alone=len(parameters) == 1 or self._ranks == 1)
         self._inflight.update(dict.fromkeys(parameters, group))
         count = sum(self._sizes[p] for p in parameters)
         self._live_elements += count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.job.errors import JobError
 
@@ -32,6 +33,8 @@ class Gpu:
     per_node: int
     host_bytes_s: float = 12e9
     """To main memory, of one GPU."""
+    disk_bytes_s: float = 3e9
+    """From a node's own NVMe disk, of all its GPUs together: an assumption."""
     context_bytes: int = 3 * GIB // 2
     """CUDA context, kernels, cuBLAS's workspace and NCCL's buffers: an assumption."""
     fragmentation: float = 0.05
@@ -45,15 +48,24 @@ class Gpu:
 
     def shared_by(self, ranks: int) -> Gpu:
         """One of so many ranks on a machine."""
-        return replace(self, memory_bytes=_machine_bytes() // ranks) if self.shares_memory else self
+        return replace(self, memory_bytes=main_memory_bytes() // ranks) if self.shares_memory else self
 
 
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def main_memory_bytes() -> int:
+    """Of this machine, or what of it a batch system lets this process have (control groups, of both versions)."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text(encoding="ascii").splitlines() if groups.exists() else []:
+        _, controller, place = line.split(":", 2)
+        if controller in ("", "memory"):
+            folder = Path("/sys/fs/cgroup", controller, place.lstrip("/"))
+            limits = [each / name for each in (folder, *folder.parents) for name in ("memory.max", "memory.limit_in_bytes")]
+            found += [int(text) for limit in limits if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit()]
+    return min(found)
 
 
 def _cpu() -> Gpu:
-    memory, cores = _machine_bytes(), os.cpu_count() or 1
+    memory, cores = main_memory_bytes(), os.cpu_count() or 1
     # gloo moves about 1 GB/s; interpreter and libraries of a rank that has trained hold 0.45 GiB of anonymous memory.
     return Gpu("cpu", memory, 2e10, 5e10, True, 1e9, 1e9, cores, 1e10, context_bytes=int(0.45 * GIB), shares_memory=True)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from pipeline.job.method import Lora
+from pipeline.job.method import Lora, trains_matrices
 from pipeline.job.spec import Decoding, Job
-from pipeline.job.zero import zero_stage
+from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
 from pipeline.plan.activations import Activations, MicroBatch, activations
 from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
 from pipeline.plan.generation import USED, generation_bytes
@@ -36,8 +36,8 @@ class Setting:
     ranks: int
     nodes: int
     stage: int
-    offload: bool
-    """Shards in main memory."""
+    offload: Offload | None
+    """Shards in main memory, or on a disk of each node."""
     prefetch: Prefetch
     checkpointing: bool
     micro_batch_tokens: int
@@ -48,12 +48,42 @@ class Setting:
     keep_states: int
     keeps_best: bool
     steps: int | None
+    group: int | None = None
+    """So many consecutive ranks hold one copy of the base among them. None: all ranks together."""
+    trains_matrices: bool = False
+    """Of the base: they cannot be sharded within groups."""
     auto: bool = False
-    """Stage, offload and prefetch are still to be chosen."""
+    """Stage, group, offload and prefetch are still to be chosen."""
+    nvme_path: str | None = None
+    """A folder for shards on disk, where one may be chosen."""
+    main_memory_bytes: int | None = None
+    """Of a node. None: not known."""
 
     @property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that hold one copy of the base among them."""
+        if self.stage == 0:
+            return 1
+        return self.group or self.ranks
+
+    @property
+    def local_ranks(self) -> int:
+        """Of a node."""
+        return -(-self.ranks // self.nodes)
+
+    @property
+    def copies(self) -> bool:
+        """Gathering makes a copy: there are other shards than this rank's, or they are not where it computes."""
+        return self.sharers > 1 or (self.stage == 3 and self.offload is not None and self.gpu.name != "cpu")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of the base, on one rank."""
+        return (shard(self.shape.sizes, self.sharers) if self.stage == 3 else self.shape.parameters) * self.element_bytes
 
     @property
     def trained(self) -> int:
@@ -89,7 +119,6 @@ def setting(
     train, auto = job.train, zero is None
     zero = zero or {"zero_optimization": {"stage": 3}}
     longest = min(train.max_tokens or shape.context, shape.context)
-    offload = zero["zero_optimization"].get("offload_param") or {}
     return Setting(
         shape=shape,
         adapted=adapt(shape, next(method for method in job.methods if isinstance(method, Lora))),
@@ -99,7 +128,7 @@ def setting(
         ranks=ranks,
         nodes=nodes or gpu.nodes_for(ranks),
         stage=zero_stage(zero),
-        offload=isinstance(offload, dict) and offload.get("device") == "cpu",
+        offload=offload_of(zero),
         prefetch=prefetch_of(zero),
         checkpointing=job.memory.gradient_checkpointing,
         micro_batch_tokens=train.micro_batch_tokens,
@@ -110,7 +139,10 @@ def setting(
         keep_states=train.keep_states,
         keeps_best=job.evaluate.best_metric is not None,
         steps=train.steps,
+        group=group_of(zero),
+        trains_matrices=trains_matrices(job.methods) is not None,
         auto=auto,
+        nvme_path=job.memory.nvme_path,
     )
 
 
@@ -148,10 +180,12 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     if asked.head_outputs:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3
-    own_head, seen = bool(asked.head_outputs), min(asked.ranks, 8)
-    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head) if sharded else _NOTHING
-    base = (shard(shape.sizes, asked.ranks) if sharded else shape.parameters) * e
-    on_device = 0 if asked.offload and sharded and gpu.name != "cpu" else base
+    own_head, seen = bool(asked.head_outputs), min(asked.sharers, 8)
+    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head) if asked.copies else _NOTHING
+    base = asked.shard_bytes
+    # A CPU rank computes where shards in main memory are.
+    away = sharded and (asked.offload == "nvme" or (asked.offload == "cpu" and gpu.name != "cpu"))
+    on_device = 0 if away else base
     delta = asked.trained * _FP32
     # One flat buffer, two slots for the loss and the vote; two moments (pipeline/train/step.py).
     gradients, optimizer = delta + 2 * _FP32, 2 * delta
@@ -160,7 +194,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     # Labels are not generated.
     cache = 0 if asked.head_outputs else generation_bytes(shape.layers, kv_width, shape.vocabulary, e, asked.decoding)
     free = gpu.memory_bytes - gpu.context_bytes - resident
-    once = sharded and asked.ranks > 1 and {
+    once = asked.copies and {
         "auto": shape.parameters * e + cache <= USED * free, "once": True, "each_pass": False
     }[asked.decoding.gather]  # fmt: skip
     whole = shape.parameters * e if once else found.forward * e
@@ -211,6 +245,7 @@ class Beside:
     """Bytes beside the GPUs."""
 
     host_per_node: int
+    nvme_per_node: int
     disk_per_run: int
     base_on_disk: int
     delta_file: int
@@ -218,14 +253,14 @@ class Beside:
 
 
 def beside(asked: Setting) -> Beside:
-    local = -(-asked.ranks // asked.nodes)
+    local = asked.local_ranks
     delta, state = asked.trained * _FP32, 3 * asked.trained * _FP32
     if asked.keeps_best:
         state += delta
-    held = shard(asked.shape.sizes, asked.ranks) * asked.element_bytes if asked.offload and asked.stage == 3 else 0
+    held, mapped = (asked.shard_bytes if asked.stage == 3 and asked.offload == place else 0 for place in ("cpu", "nvme"))
     # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before.
     process = asked.gpu.context_bytes if asked.gpu.name == "cpu" else _PROCESS_BYTES
     host = local * (process + held) + 2 * state
     # A state is written before the oldest goes.
     deltas = delta * (2 if asked.keeps_best else 1)
-    return Beside(host, (asked.keep_states + 1) * state + deltas, asked.base_bytes, delta, state)
+    return Beside(host, local * mapped, (asked.keep_states + 1) * state + deltas, asked.base_bytes, delta, state)

@@ -36,15 +36,18 @@ def work(asked: Setting, found: Memory) -> Work:
     gpu, tokens = asked.gpu, asked.batch_examples * asked.example_tokens
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
-    ranks, nodes = asked.ranks, asked.nodes
+    ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
     one = found.gathered.fetched * asked.element_bytes
-    gathered = one * (ranks - 1) // ranks * asked.micro_batches
-    # Every node takes in what its own ranks do not hold, once for all of them.
-    between = one * (nodes - 1) // nodes * asked.micro_batches
+    gathered = one * (sharers - 1) // sharers * asked.micro_batches
+    # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
+    spanned = 1 if asked.local_ranks % sharers == 0 else max(2, -(-sharers // asked.local_ranks))
+    between = one * (spanned - 1) // spanned * asked.micro_batches
     reduced = (asked.trained + 2) * 4
     seconds = gathered / gpu.peers_bytes_s + between / gpu.node_bytes_s
     if asked.offload:
-        seconds += one // ranks * asked.micro_batches / gpu.host_bytes_s
+        own = one // sharers * asked.micro_batches
+        seconds += own / gpu.host_bytes_s
+        seconds += own * asked.local_ranks / gpu.disk_bytes_s if asked.offload == "nvme" else 0
     slowest = gpu.node_bytes_s if nodes > 1 else gpu.peers_bytes_s
     reduce_s = 2 * reduced / slowest if ranks > 1 else 0.0
     # A rank's share cannot be cut below a micro-batch's longest example; steps of fewer examples than ranks leave some idle.

@@ -146,6 +146,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise JobError(f"{file}: cannot be read ({error!r}). The delta is damaged; save it again.") from None
 
 
+def delta_folder(given: Path) -> Path:
+    """A delta folder, or that of the run folder that is given."""
+    inside = given / "delta"
+    return inside if not (given / MANIFEST).is_file() and (inside / MANIFEST).is_file() else given
+
+
 @dataclass(frozen=True)
 class StoredDelta:
     manifest: Manifest

@@ -16,8 +16,10 @@ STEP = {
     "SLURM_STEP_NODELIST": "gpu[07-08]",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NODEID": "1",
 }
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *STEP)
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *STEP)
 
 
 @pytest.fixture
@@ -48,6 +50,15 @@ def test_under_srun_slurms_variables_become_torchruns(environment):
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["5", "8", "1", "gpu07"]
     # Below the range that Linux hands out to outgoing connections.
     assert 1024 < int(os.environ["MASTER_PORT"]) < 32768
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "local"), [("4(x2)", 1, "4"), ("8", 0, "8"), ("8(x2),4", 2, "4"), ("8(x2),4", 1, "8"), ("3,2", 1, "2")]
+)
+def test_srun_says_how_many_ranks_this_node_has(environment, tasks, node, local):
+    os.environ.update({**STEP, "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)})
+    assert inside_ranks()
+    assert os.environ["LOCAL_WORLD_SIZE"] == local
 
 
 def test_two_jobs_on_one_node_meet_on_two_ports(environment):

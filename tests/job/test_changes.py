@@ -20,7 +20,8 @@ FREE = {
     "evaluate.split", "evaluate.at_start", "evaluate.every_steps", "evaluate.max_prompts", "evaluate.max_new_tokens",
     "evaluate.batch_tokens", "evaluate.gather", "evaluate.beams", "evaluate.length_penalty", "evaluate.early_stopping",
     "evaluate.no_repeat_ngram", "evaluate.ngram_scope", "evaluate.eos_tokens", "evaluate.temperature", "evaluate.top_k", "evaluate.top_p",
-    "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience", "memory.config", "memory.gradient_checkpointing",
+    "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience",
+    "memory.config", "memory.nvme_path", "memory.gradient_checkpointing",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",

@@ -9,8 +9,10 @@ import pytest
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config, shipped
-from pipeline.job.zero import complete, deepspeed_config, zero_stage
+from pipeline.job.read import read_job
+from pipeline.job.zero import complete, deepspeed_config, for_deepspeed, nvme_path_of, zero_stage
 from pipeline.job.zero_keys import ZERO_KEYS
+from tests.training import write_job
 
 SHIPPED = sorted(path.name for path in shipped("ds_configs").glob("*.json"))
 
@@ -28,20 +30,24 @@ def test_a_sharded_and_a_whole_configuration_are_shipped():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_configuration_is_passed_on_whole_and_deepspeed_knows_its_keys(name):
+def test_a_shipped_configuration_is_passed_on_but_for_groups_and_files_and_deepspeed_knows_its_keys(name):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    written = json.loads(memory_config(name).read_text())
-    config = deepspeed_config(memory_config(name))
-    assert written.items() <= config.items()
+    written = json.loads(memory_config(name).read_text())["zero_optimization"]
+    told = for_deepspeed(deepspeed_config(memory_config(name), "/scratch"))["zero_optimization"]
+    ours = {"zero_hpz_partition_size"} | ({"offload_param"} if name == "zero3_nvme.json" else set())
+    assert {key for key in written if told.get(key) != written[key]} == ours & set(written)
     known = {text for key, field in DeepSpeedZeroConfig.model_fields.items() for text in (key, field.alias)}
-    assert set(written["zero_optimization"]) <= known
-    DeepSpeedZeroConfig(**written["zero_optimization"])
+    assert set(written) <= known
+    DeepSpeedZeroConfig(**written)
+    asked = DeepSpeedZeroConfig(**told)
+    assert asked.zero_hpz_partition_size == 1
+    assert asked.offload_param is None or asked.offload_param.device == "cpu"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_clipping_and_accumulation_are_never_left_to_deepspeeds_defaults(name):
-    config = deepspeed_config(memory_config(name))
+    config = deepspeed_config(memory_config(name), "/scratch")
     assert config["gradient_clipping"] == 0.0
     assert config["gradient_accumulation_steps"] == 1
     assert not {"optimizer", "scheduler", "fp16", "bf16"} & set(config)
@@ -117,10 +123,43 @@ def test_a_missing_stage_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"zero_hpz_partition_size": 8}, {"zero_quantized_nontrainable_weights": True}, {"offload_param": {"device": "nvme"}}]
+    ("extra", "says"),
+    [
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights: not supported yet"),
+        ({"zero_hpz_partition_size": "many"}, 'zero_hpz_partition_size = "many": not a number of ranks'),
+        ({"zero_hpz_partition_size": -1}, "zero_hpz_partition_size = -1: not a number of ranks"),
+        ({"offload_param": "cpu"}, 'offload_param = "cpu": not an object'),
+        ({"offload_param": {"device": "disk"}}, 'offload_param.device = "disk": not a place for shards'),
+        ({"offload_param": {"device": "nvme"}}, "offload_param.nvme_path: missing.*memory.nvme_path"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/a", "pin_memory": True}}, "offload_param.pin_memory: .*cannot be pinned"),
+    ],
 )
-def test_what_the_loader_cannot_store_is_refused(extra, tmp_path):
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **extra}}))
-    with pytest.raises(JobError, match=f"{next(iter(extra))}.*not supported yet"):
-        deepspeed_config(file)
+def test_where_shards_cannot_be_is_refused(extra, says, tmp_path):
+    with pytest.raises(JobError, match=f"memory.json: zero_optimization.{says}"):
+        deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": 3, **extra}}))
+
+
+def test_the_folder_for_shards_on_disk_is_named_once(tmp_path):
+    def folder(of_file, of_job):
+        place = {"device": "nvme"} | ({"nvme_path": of_file} if of_file else {})
+        return nvme_path_of(deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": place}}), of_job))
+
+    assert (folder("/a", None), folder(None, "/b"), folder("/a", "/a")) == ("/a", "/b", "/a")
+    with pytest.raises(JobError, match=r'nvme_path = "/a", but the job has memory.nvme_path = "/b"'):
+        folder("/a", "/b")
+
+
+def test_a_job_with_a_file_that_names_no_folder_is_refused_when_it_is_read(tmp_path, gpt2_base):
+    job = write_job(tmp_path, gpt2_base)
+    with pytest.raises(JobError, match=r"zero3_nvme.json: .*nvme_path: missing"):
+        read_job(job, ("memory.config=zero3_nvme.json",))
+    read_job(job, ("memory.config=zero3_nvme.json", "memory.nvme_path=/scratch"))
+
+
+@pytest.mark.parametrize("kind", ["full", "full_top"])
+def test_groups_do_not_train_the_base_itself(kind, tmp_path, gpt2_base):
+    job = write_job(tmp_path, gpt2_base)
+    job.write_text(re.sub(r'kind = "lora"\n.*?\n\[task\]', f'kind = "{kind}"\n[task]', job.read_text(), flags=re.DOTALL))
+    with pytest.raises(JobError, match=f'zero_hpz_partition_size = 8: .*"{kind}" trains it. Use zero3.json'):
+        read_job(job, ("memory.config=zero3_node.json",))
+    read_job(job)

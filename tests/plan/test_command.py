@@ -98,6 +98,25 @@ def test_a_change_that_is_named_does_what_it_says():
     assert plan_of("evaluate.batch_tokens=16384", ranks=8)["answers"]["changes"][0]["what"] == "generate fewer texts at once"
 
 
+def test_changes_of_where_shards_are_are_named():
+    def named(config, ranks):
+        changes = plan_of(f"memory.config={config}", ranks=ranks)["answers"]["changes"]
+        return {change["what"]: change for change in changes}
+
+    whole, node, over_all = (named(name, 32) for name in ("zero0.json", "zero3_node.json", "zero3.json"))
+    assert whole["shard the base within each node"]["keys"] == {"memory.config": "zero3.json", "zero_hpz_partition_size": 8}
+    assert whole["shard the base within each node"]["peak_bytes"] > whole["shard the base"]["peak_bytes"]
+    assert whole["shard the base within each node"]["step_s"] <= whole["shard the base"]["step_s"]
+    assert node["shard the base over all GPUs"]["keys"] == {"zero_hpz_partition_size": 1}
+    assert "shard the base over all GPUs" not in over_all
+    assert over_all["shards on disk"]["peak_bytes"] == over_all["shards in main memory"]["peak_bytes"]
+    assert over_all["shards on disk"]["step_s"] > over_all["shards in main memory"]["step_s"]
+    plan = plan_of("memory.config=zero3_node.json", ranks=32)
+    assert plan["setting"]["group"] == 8
+    assert plan["communication"]["between_nodes_bytes_per_step"] == 0
+    assert plan["answers"]["fewest_gpus"]["a100-80g"] == 8
+
+
 def test_work_by_the_4n_rule():
     plan = plan_of("memory.gradient_checkpointing=false", ranks=8)
     tokens = 128 * 384
@@ -130,6 +149,7 @@ def test_a_task_with_labels_generates_nothing(tmp_path, gpt2_base):
         (("base.dtype=bf16",), {"gpu": "v100-32g"}, "v100-32g does not compute in bf16. Use --set base.dtype=fp16"),
         ((), {"gpu": "a100"}, "several of that name. Use one of v100-16g, v100-32g"),
         ((), {"gpu": "tpu"}, "none of that name"),
+        (("memory.config=zero3_node.json",), {"ranks": 12}, "--gpus 12: zero_hpz_partition_size = 8 does not divide them. Use a multiple"),
         ((), {"ranks": 2, "nodes": 4}, "--nodes 4: more than the 2 GPUs"),
         (("train.micro_batch_tokens=100",), {}, "an example may have 384 tokens. Set it to that or more"),
         (("methods.0.targets=['query']",), {}, '"query" is not a target of this base'),
