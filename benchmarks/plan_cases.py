@@ -122,20 +122,18 @@ def _grid(folder: Path) -> list[dict[str, Any]]:
     grid = [
         case(base, tokens, 2, dtype, *more)
         for base in ("gpt2", "llama")
-        for dtype, tokens in ((FP32, EVEN), (BF16, UNEVEN))
-        for more in ((), (RECOMPUTE,), (lean,))
+        for dtype, tokens, more in ((FP32, EVEN, ()), (BF16, UNEVEN, (RECOMPUTE,)), (BF16, EVEN, (lean,)))
     ]
     grid += [case("gpt2", EVEN, 1, FP32), case("llama", UNEVEN, 1, BF16, whole), case("gpt2", UNEVEN, 2, FP32, whole, RECOMPUTE)]
     grid += [
         case("llama", EVEN, 2, BF16, _targets("q", "v", "o", "mlp_out"), "methods.0.rank=16"),
         case("gpt2-wide", LONG, 2, BF16, _targets("q", "k", "v", "o", "mlp_in"), "methods.0.rank=4", labels=700, batches=2),
         case("gpt2-wide", UNEVEN, 2, FP32, RECOMPUTE, lean, "methods.0.dropout=0.1", labels=100),
-        case("llama-tied", UNEVEN, 2, FP32, _targets("mlp_gate", "mlp_in"), "methods.0.rank=32", labels=400),
         case("llama-tied", LONG, 1, BF16, RECOMPUTE, _targets("q", "v", "mlp_out"), labels=998),
         case("mistral", UNEVEN, 2, FP32),
-        case("qwen2", EVEN, 2, BF16, RECOMPUTE),
+        case("qwen2", UNEVEN, 1, BF16, RECOMPUTE),
         case("qwen3", UNEVEN, 2, FP32, lean),
-        case("gemma", EVEN, 2, FP32, RECOMPUTE),
+        case("gemma", EVEN, 1, FP32, RECOMPUTE),
         case("gemma2", EVEN, 2, FP32, _targets("q", "o", "mlp_out")),
         case("gemma2", UNEVEN, 2, BF16, RECOMPUTE),
         case("gemma3", EVEN, 2, BF16),
@@ -144,7 +142,6 @@ def _grid(folder: Path) -> list[dict[str, Any]]:
         case("gpt_neox", EVEN, 2, BF16, lean),
         case("gpt_neox", LONG, 2, FP32, RECOMPUTE, _targets("q", "mlp_in")),
         case("bert", UNEVEN, 2, FP32),
-        case("bert", EVEN, 1, BF16, RECOMPUTE),
         case("roberta", EVEN, 2, BF16, _targets("q", "v", "mlp_out")),
         case("roberta", LONG, 2, FP32, RECOMPUTE, lean),
         case("deberta", EVEN, 2, FP32),
