@@ -1,4 +1,4 @@
-"""One rank of `plan.py`: takes real steps and follows every tensor storage from its birth to its end.
+"""One rank of `plan_accuracy.py`: takes real steps and follows every tensor storage from its birth to its end.
 
     python benchmarks/plan_rank.py CASE OUT      (with RANK, WORLD_SIZE, ... as pipeline/cluster/launch.py sets them)
 

@@ -71,6 +71,8 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs in all; the fewest on which the job fits, when absent.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes they are on; as few as hold them, when absent.")] = None,
     example_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the longest there can be, when absent.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples; as many as are known of, when absent.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU hour; the settings', when absent.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
     mend: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the memory configuration without what costs.")] = None,
     overrides: Overrides = None,
@@ -84,7 +86,7 @@ def plan(
     from pipeline.planning import make_plan, show_plan, write_mended
     from pipeline.screen import Screen
 
-    found = make_plan(read_job(job, tuple(overrides or ()), lenient=True), gpu, gpus, nodes, example_tokens)
+    found = make_plan(read_job(job, tuple(overrides or ()), lenient=True), gpu, gpus, nodes, example_tokens, examples, price)
     if mend:
         write_mended(found, mend)
     if as_json:

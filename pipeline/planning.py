@@ -10,16 +10,18 @@ from typing import Any
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
-from pipeline.job.spec import Job
+from pipeline.job.spec import Job, Train
 from pipeline.job.task import Mix
 from pipeline.job.zero import deepspeed_config
 from pipeline.plan.answers import changes, fewest_gpus, fits, largest_generation_batch, largest_micro_batch, on
 from pipeline.plan.choose import choose
+from pipeline.plan.examples import Examples, examples_of, steps_of
 from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import ATTAINED, gpu_of, gpus
 from pipeline.plan.lint import lint, mended
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
+from pipeline.plan.price import Price, price_of
 from pipeline.plan.work import work
 from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
@@ -27,18 +29,28 @@ from pipeline.weights.hub import local_config
 SCHEMA_VERSION = 2
 
 
-def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_tokens: int | None) -> dict[str, Any]:
+def make_plan(
+    job: Job,
+    gpu: str,
+    ranks: int | None,
+    nodes: int | None,
+    example_tokens: int | None,
+    examples: int | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:
     """The whole plan, ready for JSON.
 
     Args:
         ranks: GPUs in all. None: the fewest on which the job fits; 8 where it fits on none.
         nodes: None: as few as hold them.
         example_tokens: tokens of an example. None: the longest there can be.
+        examples: of the training set. None: as many as are known of.
+        price: of a GPU hour. None: the settings'.
 
     Raises:
         JobError: an unknown architecture, GPU or target; more nodes than GPUs; bf16 on a V100; examples longer than a micro-batch.
     """
-    row = gpu_of(gpu)
+    row = gpu_of(gpu).shared_by(-(-(ranks or 1) // (nodes or 1)))
     if job.base.dtype == "bf16" and not row.bf16:
         raise JobError(f'base.dtype = "bf16": {row.name} does not compute in bf16. Use --set base.dtype=fp16.')
     if nodes and ranks and nodes > ranks:
@@ -61,10 +73,13 @@ def make_plan(job: Job, gpu: str, ranks: int | None, nodes: int | None, example_
     if ranks is None:
         asked = on(asked, row, fewest or row.per_node)
         asked = replace(asked, nodes=nodes or asked.nodes)
-    return _plan(job, asked, written, fewest)
+    known = Examples(examples, "--examples") if examples else examples_of(job.task)
+    return _plan(job, asked, written, fewest, known, price_of(row.name, price))
 
 
-def _plan(job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int | None) -> dict[str, Any]:
+def _plan(
+    job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int | None, known: Examples | None, price: Price | None
+) -> dict[str, Any]:
     open_question, choice = asked, choose(asked) if written is None else None
     asked = choice.setting if choice else asked
     found, needs = memory(asked), beside(asked)
@@ -114,8 +129,8 @@ def _plan(job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int 
             "compute_s": done.compute_s,
             "step_s": done.step_s,
             "attained_share": ATTAINED,
-            "gpu_hours": asked.steps and asked.steps * done.step_s * asked.ranks / 3600,
         },
+        "whole_run": _whole_run(job.train, done.step_s * asked.ranks, known, price),
         "answers": {
             "fewest_gpus": {name: fewest if name == asked.gpu.name else fewest_gpus(open_question, row) for name, row in gpus().items()},
             "largest_micro_batch_tokens": largest_micro_batch(asked),
@@ -130,6 +145,22 @@ def _plan(job: Job, asked: Setting, written: dict[str, Any] | None, fewest: int 
         },
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
         "arithmetic": _arithmetic(asked),
+    }
+
+
+def _whole_run(train: Train, step_gpu_s: float, known: Examples | None, price: Price | None) -> dict[str, Any]:
+    """Steps, GPU hours and cost, as far as they are known, and by what."""
+    steps = steps_of(train, known.count if known else None)
+    hours = None if steps is None else steps * step_gpu_s / 3600
+    return {
+        "examples": known.count if known else None,
+        "examples_from": known.source if known else None,
+        "steps": steps,
+        "gpu_hours": hours,
+        "price_per_gpu_hour": price.per_gpu_hour if price else None,
+        "price_from": price.source if price else None,
+        "currency": price.currency if price else None,
+        "cost": hours * price.per_gpu_hour if hours is not None and price else None,
     }
 
 
@@ -201,7 +232,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
             ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank, {size_text(moved['between_nodes_bytes_per_step'])} a node"),
             ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
             ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
-            *([("all steps", f"{done['gpu_hours']:,.1f} GPU hours")] if done["gpu_hours"] else []),
+            *_run_rows(plan["whole_run"]),
         ],
     )
     screen.table(
@@ -232,6 +263,16 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     if explain:
         rows = [(line["what"], f"{size_text(line['bytes'])} = {line['formula']}") for line in plan["arithmetic"]]
         screen.table("arithmetic (N tokens, P padded, D width, F ffn, H heads, R rank, e bytes an element)", rows)
+
+
+def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    if run["steps"] is None:
+        return [("all steps", "not known how many: give --examples or train.steps")]
+    counted = f", of {run['examples']:,} examples ({run['examples_from']})" if run["examples"] else ""
+    rows = [("all steps", f"{run['gpu_hours']:,.1f} GPU hours for {run['steps']:,} steps{counted}, without scoring")]
+    if run["cost"] is not None:
+        rows.append(("cost", f"{run['cost']:,.2f} {run['currency']}, at {run['price_per_gpu_hour']:g} a GPU hour ({run['price_from']})"))
+    return rows
 
 
 def _generation(plan: dict[str, Any]) -> list[tuple[str, str]]:

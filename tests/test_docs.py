@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
@@ -15,6 +17,8 @@ from pipeline.counting import make_counts, show_counts
 from pipeline.job.method import Adapter, Method
 from pipeline.job.read import read_job
 from pipeline.job.task import Task
+from pipeline.plan.hardware import GIB, gpus
+from pipeline.planning import make_plan
 from pipeline.screen import Screen
 from pipeline.tasks.open import sources_of
 from tests.tasks.reading import read_examples
@@ -83,3 +87,43 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
         for option in command.params:
             for text in option.opts:
                 assert not text.startswith("--") or text in pages, (name, text)
+
+
+def test_where_the_bytes_of_a_70b_job_go_is_what_the_plan_says(tmp_path):
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    others = {"vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **others}))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    job = tmp_path / "job.toml"
+    job.write_text(
+        f'[base]\nmodel = "{tmp_path}"\ndtype = "bf16"\n[[methods]]\nkind = "lora"\nrank = 16\ntargets = ["q", "k", "v", "o"]\n'
+        f'[task]\nkind = "jsonl"\ndata = "{tmp_path / "data.jsonl"}"\n[train]\nmax_tokens = 4096\n[memory]\ngradient_checkpointing = true\n'
+    )
+    page = (ROOT / "docs" / "memory.md").read_text()
+    picture = page.partition("```\nGiB a GPU")[2].partition("```")[0].splitlines()
+    rows = {row[:17].strip(): re.findall(r"\d+\.\d", row[17:]) for row in picture}
+    for column, ranks in ((0, 8), (-1, 64)):
+        plan = make_plan(read_job(job), "a100-80g", ranks, None, None)
+        parts, phases = plan["parts_bytes"], plan["phases_bytes"]
+        said = {
+            "base shard": parts["base_shard"],
+            "gathered": parts["gathered"],
+            "delta + gradients": parts["delta"] + parts["gradients"],
+            "optimizer": parts["optimizer"],
+            "activations": parts["activations"],
+            "context, margin": parts["context"] + parts["margin"],
+            "a training step": phases["backward"],
+            "generation": phases["generate"],
+        }
+        for name, count in said.items():
+            assert float(rows[name][column]) == pytest.approx(count / GIB, abs=0.051), name
+    without = make_plan(read_job(job, ("memory.gradient_checkpointing=false",)), "a100-80g", 8, None, None)
+    assert f"activations are {without['parts_bytes']['activations'] / GIB:.1f} GiB" in page
+    assert without["answers"]["fewest_gpus"]["a100-80g"] is None
+
+
+def test_the_page_of_memory_names_every_gpu_and_the_plan_s_settings():
+    page = (ROOT / "docs" / "memory.md").read_text()
+    for name in gpus():
+        assert name in page, name
+    assert "price_per_gpu_hour" in page

@@ -31,7 +31,7 @@ def fewest_gpus(asked: Setting, gpu: Gpu) -> int | None:
     if asked.dtype == "bf16" and not gpu.bf16:
         asked = replace(asked, dtype="fp16")
     inside = [count for count in (1, 2, 4) if count < gpu.per_node]
-    for ranks in (*inside, *(nodes * gpu.per_node for nodes in _NODES)):
+    for ranks in (*inside, *(nodes * gpu.per_node for nodes in ((1,) if gpu.shares_memory else _NODES))):
         if fits(on(asked, gpu, ranks)):
             return ranks
     return None
@@ -39,7 +39,7 @@ def fewest_gpus(asked: Setting, gpu: Gpu) -> int | None:
 
 def on(asked: Setting, gpu: Gpu, ranks: int) -> Setting:
     """The same on other GPUs, on as few nodes as hold them."""
-    return replace(asked, gpu=gpu, ranks=ranks, nodes=-(-ranks // gpu.per_node))
+    return replace(asked, gpu=gpu.shared_by(ranks), ranks=ranks, nodes=gpu.nodes_for(ranks))
 
 
 def largest_micro_batch(asked: Setting) -> int | None:

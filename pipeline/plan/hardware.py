@@ -7,7 +7,7 @@ reaches; it is an assumption, and the one number to correct by a measured step.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.job.errors import JobError
@@ -39,6 +39,16 @@ class Gpu:
     """CUDA context, kernels, cuBLAS's workspace and NCCL's buffers: an assumption."""
     fragmentation: float = 0.05
     """Share of what is allocated that the caching allocator wastes: an assumption."""
+    shares_memory: bool = False
+    """Its ranks are all on one machine, and have the memory together."""
+
+    def nodes_for(self, ranks: int) -> int:
+        """As few as hold the ranks."""
+        return 1 if self.shares_memory else -(-ranks // self.per_node)
+
+    def shared_by(self, ranks: int) -> Gpu:
+        """One of so many ranks on a machine."""
+        return replace(self, memory_bytes=main_memory_bytes() // ranks) if self.shares_memory else self
 
 
 def main_memory_bytes() -> int:
@@ -57,11 +67,11 @@ def main_memory_bytes() -> int:
 def _cpu() -> Gpu:
     memory, cores = main_memory_bytes(), os.cpu_count() or 1
     # gloo moves about 1 GB/s; interpreter and libraries of a rank that has trained hold 0.45 GiB of anonymous memory.
-    return Gpu("cpu", memory // cores, 2e10, 5e10, True, 1e9, 1e9, cores, 1e10, context_bytes=int(0.45 * GIB))
+    return Gpu("cpu", memory, 2e10, 5e10, True, 1e9, 1e9, cores, 1e10, context_bytes=int(0.45 * GIB), shares_memory=True)
 
 
 def gpus() -> dict[str, Gpu]:
-    """All rows by name. `cpu` is one rank on each core of this machine, which share its memory."""
+    """All rows by name. `cpu` is this machine: its ranks share its memory."""
     rows = (
         Gpu("v100-16g", 16 * GIB, 125e12, 15.7e12, False, 150e9, 50e9, 8),
         Gpu("v100-32g", 32 * GIB, 125e12, 15.7e12, False, 150e9, 50e9, 8),

@@ -29,6 +29,7 @@ _OF_THE_OPTIMIZER = {
     "ignore_unused_parameters",
 }
 """DeepSpeed reads them in its own optimizer and checkpoints, and has neither here (pipeline/train/engine.py)."""
+_GROUP = "zero_hpz_partition_size"
 _PREFETCH, _LIVE, _REUSE = "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"
 
 
@@ -78,6 +79,7 @@ def _costly(asked: Setting, section: dict[str, Any]) -> list[Finding]:
     elif now.live == 0:
         # Nothing is ever fetched ahead.
         found.append(Finding(_LIVE, "nothing is gathered ahead, whatever the prefetch bucket", lean.live))
+    found += _between_nodes(asked)
     if now.reuse == 0:
         # No module is further from its next use than a forward and two backward passes.
         keeping = replace(asked, prefetch=replace(now, reuse=3 * whole))
@@ -85,6 +87,21 @@ def _costly(asked: Setting, section: dict[str, Any]) -> list[Finding]:
         if more > 1.01 and memory(keeping).training_peak <= asked.gpu.memory_bytes:
             found.append(Finding(_REUSE, f"gathers {more:.2f} times as many bytes, and there is memory to keep them", 3 * whole))
     return found
+
+
+def _between_nodes(asked: Setting) -> list[Finding]:
+    """Groups of a node's ranks that are missing, where each node has room for the base."""
+    local = asked.local_ranks
+    if asked.nodes == 1 or local == 1 or asked.ranks % local or asked.sharers <= local or asked.trains_matrices:
+        return []
+    within = replace(asked, group=local)
+    now, then = (work(setting, memory(setting)) for setting in (asked, within))
+    if memory(within).peak > asked.gpu.memory_bytes:
+        return []
+    longer = now.step_s / then.step_s
+    time = f"a step takes {longer:.2f} times as long" if longer > 1.01 else "hidden behind computing"
+    moved = f"{now.between_nodes_bytes / 1e9:,.1f} GB of the base come to each node from others in a step"
+    return [Finding(_GROUP, f"{moved}; {time}", local)]
 
 
 def lean_prefetch(asked: Setting) -> Prefetch:

@@ -126,7 +126,7 @@ def setting(
         dtype=job.base.dtype,
         gpu=gpu,
         ranks=ranks,
-        nodes=nodes or -(-ranks // gpu.per_node),
+        nodes=nodes or gpu.nodes_for(ranks),
         stage=zero_stage(zero),
         offload=offload_of(zero),
         prefetch=prefetch_of(zero),

@@ -12,7 +12,9 @@ from pipeline.job.files import shipped
 from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
 from pipeline.planning import make_plan, write_mended
+from tests.training import write_job
 
+GPT3 = "jobs/gpt3/175b_lora_wikisql.toml"
 ROOT = Path(__file__).parent.parent.parent
 GOOD = {"stage": 3, "stage3_prefetch_bucket_size": 500_000_000, "stage3_max_live_parameters": 4_000_000_000}
 REUSE = {"stage3_max_reuse_distance": 2_000_000_000}
@@ -22,7 +24,7 @@ REUSE = {"stage3_max_reuse_distance": 2_000_000_000}
 def lint_of(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
-    def lint(section: dict, *overrides: str, job: str = "jobs/gpt3/175b_lora_wikisql.toml", ranks: int = 16, **top: object) -> dict:
+    def lint(section: dict, *overrides: str, job: str = GPT3, ranks: int = 8, **top: object) -> dict:
         file = tmp_path / "zero.json"
         file.write_text(json.dumps({"zero_optimization": section, **top}))
         return make_plan(read_job(Path(job), (f"memory.config={file}", *overrides), lenient=True), "a100-80g", ranks, None, None)
@@ -58,14 +60,15 @@ def test_costly_keys_are_named_and_mended(lint_of, section, keys, says):
     assert "GiB a GPU more" not in says or again["peak_bytes"] < plan["peak_bytes"]
 
 
-def test_what_is_gathered_again_for_nothing_is_counted(lint_of, gpt2_base, tmp_path):
-    job = tmp_path / "small.toml"
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    job.write_text(
-        f'[base]\nmodel = "{gpt2_base}"\n[[methods]]\nkind = "lora"\n[task]\nkind = "jsonl"\ndata = "{tmp_path / "data.jsonl"}"\n'
-    )
+@pytest.fixture
+def small(tmp_path, gpt2_base) -> str:
+    """A job on a base that fits anywhere."""
+    return str(write_job(tmp_path, gpt2_base))
+
+
+def test_what_is_gathered_again_for_nothing_is_counted(lint_of, small):
     section = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000, "stage3_max_reuse_distance": 0}
-    (found,) = lint_of(section, job=str(job))["lint"]["findings"]
+    (found,) = lint_of(section, job=small, ranks=8)["lint"]["findings"]
     assert found["key"] == "stage3_max_reuse_distance"
     assert "gathers 1.36 times as many bytes" in found["costs"]
 
@@ -104,3 +107,21 @@ def test_a_file_that_costs_nothing_is_written_as_it_is_and_a_choice_as_it_was_ma
     plan = lint_of({}, "memory.config=auto")
     write_mended(plan, tmp_path / "chosen.json")
     assert json.loads((tmp_path / "chosen.json").read_text()) == plan["chosen"]["config"]
+
+
+def test_bytes_between_nodes_that_need_not_cross_are_counted(lint_of, small):
+    section = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    # Sixteen GPUs of two nodes, each of which has room for the whole base.
+    plan = lint_of(section, job=small, ranks=16)
+    (found,) = plan["lint"]["findings"]
+    assert (found["key"], found["mended"]) == ("zero_hpz_partition_size", 8)
+    moved = plan["communication"]["between_nodes_bytes_per_step"]
+    assert f"{moved / 1e9:,.1f} GB of the base come to each node" in found["costs"]
+    assert moved > 0
+    mended = lint_of(plan["lint"]["mended"]["zero_optimization"], job=small, ranks=16)
+    assert mended["communication"]["between_nodes_bytes_per_step"] == 0
+    assert mended["lint"]["findings"] == []
+    # One node has no other; and eight V100s do not hold 175B, so that must cross.
+    assert lint_of(section, job=small, ranks=8)["lint"]["findings"] == []
+    v100 = make_plan(read_job(Path(GPT3), ("memory.config=zero3.json",)), "v100-32g", 32, None, None)
+    assert v100["lint"]["findings"] == []
