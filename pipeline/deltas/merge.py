@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers import AutoTokenizer
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
@@ -234,6 +233,9 @@ def _announce_tokens(base: Path, folder: Path, added: Added, more_bytes: int) ->
     config["vocab_size"] = max(config["vocab_size"], added.ids[-1] + 1)
     write_json(folder / "config.json", config)
     _grow_index(folder, more_bytes)
+    # Here alone is transformers needed, and it takes seconds to import.
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     tokenizer.add_tokens(list(added.tokens))
     tokenizer.save_pretrained(folder)
