@@ -71,6 +71,16 @@ class Delta:
         whole = sum(tensor.numel() for tensor in self.tensors().values())
         return whole + sum(torch.Size(one.shape).numel() for one in self.shards().values())
 
+    @property
+    def base_parameters(self) -> int:
+        """Those of them that are the base's own."""
+        return sum(torch.Size(one.shape).numel() for one in self.base)
+
+    @property
+    def held(self) -> int:
+        """Trained elements on this rank."""
+        return sum(tensor.numel() for tensor in self.tensors().values()) + sum(one.master.numel() for one in self.shards().values())
+
 
 def attach(
     base: LoadedBase,

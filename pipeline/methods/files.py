@@ -105,9 +105,10 @@ def restore_lora(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -
     JobError: it adapts other modules, or in another rank."""
     if set(stored.pairs) != {adapted.module for adapted in delta.adapted}:
         raise JobError(f"{folder}: LoRA adapts other modules in it than in the job. {repair}")
+    scales = {module.name: module.alpha / module.rank for module in stored.manifest.modules}
     for adapted in delta.adapted:
         try:
-            from_peft(adapted, *stored.pairs[adapted.module])
+            from_peft(adapted, *stored.pairs[adapted.module], scales[adapted.module])
         except ValueError as error:
             raise JobError(f"{folder}: {error}. {repair}") from None
 
