@@ -116,6 +116,6 @@ def attach(
             case Adapter():
                 adapters = attach_adapters(model, family, method, place, seed, device)
             case PrefixEmbed() | PrefixLayer():
-                prefix = attach_prefix(model, family, method, vocabulary_with(model, new), seed, device)
+                prefix = attach_prefix(base, method, vocabulary_with(model, new), seed, device)
     trained = train_base(base, methods, device) if train else ()
     return Delta(methods, tuple(adapted), tuple(adapters), prefix, new_tokens, added, trained, head, clock)

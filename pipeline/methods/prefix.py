@@ -13,41 +13,53 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from pipeline.job.method import PrefixEmbed, PrefixLayer
 from pipeline.methods.draw import generator_of
 from pipeline.methods.overlay import Overlay
-from pipeline.model.families import Family
+from pipeline.model.load import LoadedBase
+from pipeline.weights.read import Reader
 
+EMBEDDINGS = "prefix.embeddings"
 _STANDARD_DEVIATION = 0.02
 
 
-def attach_prefix(
-    model: PreTrainedModel, family: Family, method: PrefixEmbed | PrefixLayer, first_id: int, seed: int, device: torch.device
-) -> Overlay:
-    """Rows are drawn from (seed, name), so every rank draws the same.
+def attach_prefix(base: LoadedBase, method: PrefixEmbed | PrefixLayer, first_id: int, seed: int, device: torch.device) -> Overlay:
+    """Embeddings begin as those of tokens of the vocabulary (Lester et al. 2021), inputs of layers as small random numbers; both are drawn
+    from (seed, name), so every rank draws the same.
 
     Args:
         first_id: of the special tokens.
     """
+    model, family = base.model, base.family
     embedding = model.get_submodule(family.body).get_input_embeddings()  # type: ignore[operator]
     count = method.prefix_tokens + method.infix_tokens
     ids = torch.arange(first_id, first_id + count, device=device)
     if isinstance(method, PrefixEmbed):
-        # OPT 350m's embeddings are narrower than its layers.
-        width = getattr(model.config, "word_embed_proj_dim", model.config.hidden_size)
-        rows = _drawn("prefix.embeddings", (count, width), seed, device)
-        prefix = Overlay(ids, {"prefix.embeddings": rows})
+        rows = _of_the_vocabulary(base, embedding, count, seed).to(device).requires_grad_()
+        prefix = Overlay(ids, {EMBEDDINGS: rows})
         embedding.register_forward_hook(lambda module, inputs, output: prefix.put(output, rows))
     else:
-        names = [f"prefix.layer.{number}" for number in range(model.config.num_hidden_layers)]
-        prefix = Overlay(ids, {name: _drawn(name, (count, model.config.hidden_size), seed, device) for name in names})
+        shape, names = (count, model.config.hidden_size), [f"prefix.layer.{number}" for number in range(model.config.num_hidden_layers)]
+        drawn = {name: torch.empty(shape).normal_(0.0, _STANDARD_DEVIATION, generator=generator_of(seed, name)) for name in names}
+        prefix = Overlay(ids, {name: rows.to(device).requires_grad_() for name, rows in drawn.items()})
         for number, name in enumerate(names):
             layer = model.get_submodule(f"{family.layers}.{number}")
             layer.register_forward_pre_hook(_replacing(prefix, prefix.rows[name]), with_kwargs=True)
     prefix.watch(embedding)
     return prefix
+
+
+def _of_the_vocabulary(base: LoadedBase, embedding: nn.Module, count: int, seed: int) -> torch.Tensor:
+    """[S, D] rows of the base's embedding, as it gives them."""
+    entry = next(base.tensors[name] for name, parameter in base.model.named_parameters() if parameter is embedding.weight)
+    tokens = torch.randint(entry.shape[0], (count,), generator=generator_of(seed, EMBEDDINGS))
+    rows = torch.empty(count, entry.shape[1])
+    with Reader() as reader:
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            reader.read(entry, token * entry.shape[1], row)
+    # Gemma's embedding scales what it looks up.
+    return rows * getattr(embedding, "embed_scale", 1.0)
 
 
 def _replacing(prefix: Overlay, rows: torch.Tensor) -> Any:
@@ -57,7 +69,3 @@ def _replacing(prefix: Overlay, rows: torch.Tensor) -> Any:
         return inputs, keys | {"hidden_states": prefix.put(keys["hidden_states"], rows)}
 
     return hook
-
-
-def _drawn(name: str, shape: tuple[int, int], seed: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(shape).normal_(0.0, _STANDARD_DEVIATION, generator=generator_of(seed, name)).to(device).requires_grad_()
