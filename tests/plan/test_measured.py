@@ -76,7 +76,7 @@ def test_memory_is_what_was_said(ranks2, jobs, base, changes, lengths, micro_bat
 def test_memory_of_groups_is_what_was_said(ranks4, jobs):
     (jobs / "pairs.json").write_text(json.dumps({"zero_optimization": {**LEAN, "zero_hpz_partition_size": 2}}))
     changes = [f"memory.config={jobs / 'pairs.json'}"]
-    case = {"job": str(jobs / "gpt2.toml"), "set": changes, "tokens": [200, 200], "label_tokens": 150, "micro_batches": 1}
+    case = {"job": str(jobs / "gpt2.toml"), "set": changes, "tokens": [200, 200], "label_tokens": 150, "micro_batches": 1, "outputs": 0}
     said, found = predict(case, 4), ranks4.run(measure, case)[0]
     assert said["base_shard"] == found["base_shard"]
     assert said["gathered_elements"] == pytest.approx(found["gathered_elements"], rel=0.05)
