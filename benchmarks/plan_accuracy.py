@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import plan_rank
 from machine import origin
 from plan_cases import cases
-from plan_rank import predict
 from rich.console import Console
 
 from pipeline.cluster.launch import rank_environment
 
-HERE = Path(__file__).parent
+RANKS = multiprocessing.get_context("forkserver")
+"""Ranks are forked from a process that has imported all they need."""
 EXACT = ("base_shard", "delta", "gradients", "optimizer")
 WITHIN = {"kept": 0.10, "step": 0.10, "gathered_elements": 0.05}
 
@@ -33,17 +35,15 @@ WITHIN = {"kept": 0.10, "step": 0.10, "gathered_elements": 0.05}
 def measured(case: dict[str, Any]) -> dict[str, Any]:
     """Each case in ranks of its own, so that no memory is left from another."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "case.json").write_text(json.dumps(case))
-        command = [sys.executable, str(HERE / "plan_rank.py"), str(folder / "case.json"), str(folder / "out.json")]
-        logs = [(folder / f"log{rank}").open("w+") for rank in range(case["ranks"])]
-        ranks = [
-            subprocess.Popen(command, env=rank_environment(rank, case["ranks"], folder, 0), stdout=log, stderr=subprocess.STDOUT)
-            for rank, log in enumerate(logs)
-        ]
-        if any(list(map(subprocess.Popen.wait, ranks))):
-            logs[0].seek(0)
-            raise SystemExit(f"{case['name']}: {logs[0].read()[-3000:]}")
+        folder, count = Path(scratch), case["ranks"]
+        environments = [rank_environment(rank, count, folder, 0) for rank in range(count)]
+        ranks = [RANKS.Process(target=plan_rank.run, args=(each, case, folder)) for each in environments]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            raise SystemExit(f"{case['name']}: {(folder / 'log0').read_text()[-3000:]}")
         return json.loads((folder / "out.json").read_text())
 
 
@@ -57,10 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="also write the results to this Markdown file")
     asked = parser.parse_args()
+    # What glibc, torch and DeepSpeed read when a process starts.
+    os.environ.update(rank_environment(0, 2, Path(), 0))
+    RANKS.set_forkserver_preload(["plan_rank"])
     console, rows, failed = Console(highlight=False, soft_wrap=True), [], []
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
         for case in cases(Path(scratch)):
-            expected, found = predict(case, case["ranks"]), measured(case)
+            expected, found = plan_rank.predict(case, case["ranks"]), measured(case)
             wrong = broken(expected, found)
             failed += [f"{case['name']}: {', '.join(wrong)}"] if wrong else []
             rows.append(row(case, expected, found, wrong))

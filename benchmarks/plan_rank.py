@@ -1,9 +1,7 @@
 """One rank of `plan_accuracy.py`: takes real steps and follows every tensor storage from its birth to its end.
 
-    python benchmarks/plan_rank.py CASE OUT      (with RANK, WORLD_SIZE, ... as pipeline/cluster/launch.py sets them)
-
-CASE is JSON: `job` (a TOML file), `set` (overrides), `tokens` (lengths of the examples of each micro-batch), `label_tokens` of them,
-`micro_batches`, and `outputs` of a task's own head (0: the vocabulary). OUT gets the bytes by part.
+A case has a `job` (a TOML file), `set` (overrides), `tokens` (lengths of the examples of each micro-batch), `label_tokens` of them,
+`micro_batches`, and `outputs` of a task's own head (0: the vocabulary). `run` writes the bytes by part.
 
 What is followed are the storages that operators hand out, so neither the allocator nor Python counts: the kernels' own scratch
 memory does not show. Anonymous resident memory, which has all of that, is read from the kernel beside it.
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -234,14 +232,15 @@ def anonymous_peak(into: dict[str, int]) -> Iterator[None]:
         thread.join()
 
 
-def main(case: Path, out: Path) -> None:
+def run(environment: dict[str, str], case: dict[str, Any], folder: Path) -> None:
+    """One rank, with its environment as pipeline/cluster/launch.py sets it. The first writes `out.json`; `log0` is what it said."""
+    os.environ.update(environment)
+    log = os.open(folder / f"log{environment['RANK']}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     torch.set_num_threads(1)
     ranks = join_ranks()
-    report = measure(ranks, json.loads(case.read_text()))
+    report = measure(ranks, case)
     if ranks.first:
-        out.write_text(json.dumps(report))
+        (folder / "out.json").write_text(json.dumps(report))
     leave_ranks()
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

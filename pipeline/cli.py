@@ -83,7 +83,8 @@ def plan(
     Example: zlora plan jobs/gpt3/175b_lora_wikisql.toml --gpu v100-32g
     """
     from pipeline.job.read import read_job
-    from pipeline.planning import make_plan, show_plan, write_mended
+    from pipeline.plan_report import show_plan
+    from pipeline.planning import make_plan, write_mended
     from pipeline.screen import Screen
 
     found = make_plan(read_job(job, tuple(overrides or ()), lenient=True), gpu, gpus, nodes, example_tokens, examples, price)

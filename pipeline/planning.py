@@ -1,4 +1,4 @@
-"""`zlora plan`: a job and a GPU's name -> what it needs and what fits, as one object for programs and as tables for people. No torch."""
+"""`zlora plan`: a job and a GPU's name -> what it needs and what fits, as one object for programs (plan_report.py shows it). No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.paper import figures, is_gpt3
 from pipeline.plan.price import Price, price_of
 from pipeline.plan.work import work
-from pipeline.screen import Screen, size_text
 from pipeline.weights.hub import local_config
 
 SCHEMA_VERSION = 2
@@ -203,107 +202,3 @@ def write_mended(plan: dict[str, Any], file: Path) -> None:
             out.write(json.dumps(config, indent=2) + "\n")
     except FileExistsError:
         raise JobError(f"--mend {file}: is there already. Name another file.") from None
-
-
-def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
-    """Tables for people."""
-    asked, base, answers = plan["setting"], plan["base"], plan["answers"]
-    verdict = "fits" if plan["fits"] else "does not fit"
-    screen.table(
-        f"{base['model']}: {base['parameters']:,} parameters, {plan['trained_parameters']:,} trained",
-        [
-            ("on", f"{asked['gpus']} x {asked['gpu']} on {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}, {asked['dtype']}"),
-            (verdict, f"{size_text(plan['peak_bytes'])} of {size_text(plan['capacity_bytes'])} a GPU"),
-            ("micro-batch", f"{asked['micro_batch_tokens']:,} tokens; largest that fits: {_count(answers['largest_micro_batch_tokens'])}"),
-            *_generation(plan),
-        ],
-    )
-    if plan["notes"]:
-        screen.table("to be taken with care", [("note", note) for note in plan["notes"]])
-    screen.table("memory of a GPU, by part", [(_words(name), size_text(count)) for name, count in plan["parts_bytes"].items() if count])
-    screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
-    moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]
-    tokens = asked["batch_examples"] * asked["example_tokens"]
-    bound = "computing" if done["compute_s"] >= moved["seconds_per_step"] else "gathering"
-    screen.table(
-        f"a step of {asked['batch_examples']} examples of {asked['example_tokens']} tokens",
-        [
-            ("computes", f"{done['flops_per_step'] / 1e12:,.1f} TFLOP, {done['micro_batches_per_rank']} micro-batches a rank"),
-            ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank, {size_text(moved['between_nodes_bytes_per_step'])} a node"),
-            ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
-            ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
-            *_run_rows(plan["whole_run"]),
-        ],
-    )
-    screen.table(
-        "beside it",
-        [
-            ("main memory", f"{size_text(needs['host_per_node'])} a node"),
-            *([("disk of a node", f"{size_text(needs['nvme_per_node'])} for shards")] if needs["nvme_per_node"] else []),
-            ("disk", f"{size_text(needs['disk_per_run'])} a run, base {size_text(needs['base_on_disk'])} once"),
-            ("delta, state", f"{size_text(needs['delta_file'])}, {size_text(needs['state_file'])}"),
-        ],
-    )
-    screen.table("fewest GPUs with these settings", [(name, _count(count)) for name, count in answers["fewest_gpus"].items()])
-    if answers["changes"]:
-        rows = [
-            (c["what"], f"{size_text(c['peak_bytes'])}{'' if c['fits'] else ', still too much'}; {c['cost']}") for c in answers["changes"]
-        ]
-        screen.table("to need less", rows)
-    if plan["chosen"]:
-        section = plan["chosen"]["config"]["zero_optimization"]
-        rows = [(f"{key} = {json.dumps(value)}", plan["chosen"]["reasons"][key]) for key, value in section.items()]
-        screen.table("memory configuration chosen", rows)
-    if plan["lint"]["findings"]:
-        rows = [(f["key"], _costs(f)) for f in plan["lint"]["findings"]]
-        screen.table(f"what costs in {plan['lint']['file']} (--mend FILE writes a better one)", rows)
-    if plan["paper"]:
-        rows = [(f["what"], f"paper {f['paper']}; ours {_decimal(f['ours_bytes'])} ({f['assumes']})") for f in plan["paper"]]
-        screen.table("the paper's figures", rows)
-    if explain:
-        rows = [(line["what"], f"{size_text(line['bytes'])} = {line['formula']}") for line in plan["arithmetic"]]
-        screen.table("arithmetic (N tokens, P padded, D width, F ffn, H heads, R rank, e bytes an element)", rows)
-
-
-def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
-    if run["steps"] is None:
-        return [("all steps", "not known how many: give --examples or train.steps")]
-    counted = f", of {run['examples']:,} examples ({run['examples_from']})" if run["examples"] else ""
-    rows = [("all steps", f"{run['gpu_hours']:,.1f} GPU hours for {run['steps']:,} steps{counted}, without scoring")]
-    if run["cost"] is not None:
-        rows.append(("cost", f"{run['cost']:,.2f} {run['currency']}, at {run['price_per_gpu_hour']:g} a GPU hour ({run['price_from']})"))
-    return rows
-
-
-def _generation(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    if not plan["phases_bytes"]["generate"]:
-        return []
-    largest = _count(plan["answers"]["largest_generation_batch_tokens"])
-    return [("generation", f"{plan['setting']['generation_batch_tokens']:,} tokens at once; largest that fits: {largest}")]
-
-
-def _change(change: dict[str, Any]) -> str:
-    keys = ", ".join(f"{key} = {value}" for key, value in change["keys"].items())
-    return f"{size_text(change['peak_bytes'])}{'' if change['fits'] else ', still too much'}; {change['cost']} ({keys})"
-
-
-def _costs(finding: dict[str, Any]) -> str:
-    value, costs = finding["mended"], finding["costs"]
-    if costs.endswith("."):
-        return str(costs)
-    return f"{costs}; {'leave it out' if value is None else f'better {value:,}'}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _count(count: int | None) -> str:
-    return "none" if count is None else f"{count:,}"
-
-
-def _decimal(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e6:,.1f} MB"

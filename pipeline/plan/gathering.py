@@ -45,9 +45,15 @@ class Gathered:
 
     forward: int
     """The most at once."""
+    start: int
+    """The most before the layers, when nothing is kept yet: of the embeddings."""
+    layers: int
+    """The most between them and the head."""
     head: int
     """The most while the head is in use, when a tied one's buffers are gone already."""
     backward: int
+    finish: int
+    """The most behind the layers' backward pass, when nothing is kept any more."""
     between: int
     """What stays gathered from step to step: parameters below the persistence threshold."""
     fetched: int
@@ -77,7 +83,9 @@ def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, che
     first.run()
     follower = _Follower(sizes, visits, prefetch, ranks, first.decisions)
     follower.run()
-    return Gathered(follower.most["forward"], follower.most["head"], follower.most["backward"], between, follower.fetched)
+    most = follower.most
+    forward = max(most["start"], most["layers"], most["head"])
+    return Gathered(forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched)
 
 
 def _trace(shape: Shape, adapted: Adapted, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit]]:
@@ -168,9 +176,11 @@ class _Follower:
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
         self._last_fetched_for = [-1] * len(sizes)
         self._step = 0
-        self._now = "forward"
+        self._layers = [place for place, visit in enumerate(visits) if visit.layer >= 0]
+        """Visits of layers."""
+        self._now = "start"
         self._elements = sum(sizes[p] for p in self._available)
-        self.most = dict.fromkeys(("forward", "head", "backward"), self._elements)
+        self.most = dict.fromkeys(("start", "layers", "head", "backward", "finish"), self._elements)
         self.fetched = 0
         self._passed = [0]
         for visit in self._order:
@@ -184,7 +194,7 @@ class _Follower:
         held: set[int] = set()
         last = max(place for place, visit in enumerate(self._all) if visit.passes == "forward")
         for place, visit in enumerate(self._all):
-            self._now = "head" if place == last else "forward" if place < last else "backward"
+            self._now = self._moment(place, last)
             if visit.passes == "release":
                 self._drop(set(visit.parameters) - self._persistent)
                 held.clear()
@@ -195,6 +205,16 @@ class _Follower:
                 held.update(visit.parameters)
             elif visit.leaves and not held.intersection(visit.parameters):
                 self._release(visit)
+
+    def _moment(self, place: int, last: int) -> str:
+        """Args:
+        last: the place of the last visit of the forward pass.
+        """
+        if place < self._layers[0]:
+            return "start"
+        if place > self._layers[-1]:
+            return "finish"
+        return "head" if place == last else "layers" if place < last else "backward"
 
     def _fetch(self, visit: _Visit) -> None:
         missing = {p for p in visit.parameters if p not in self._available and p not in self._inflight}
@@ -268,5 +288,4 @@ class _Follower:
 
     def _grow(self, elements: int) -> None:
         self._elements += elements
-        for phase in ("forward", "head") if self._now == "head" else (self._now,):
-            self.most[phase] = max(self.most[phase], self._elements)
+        self.most[self._now] = max(self.most[self._now], self._elements)

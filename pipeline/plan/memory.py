@@ -198,10 +198,13 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "auto": shape.parameters * e + cache <= USED * free, "once": True, "each_pass": False
     }[asked.decoding.gather]  # fmt: skip
     whole = shape.parameters * e if once else found.forward * e
+    # Where the embeddings are gathered, there are a few tensors of the hidden states only.
+    few = 3 * batch.tokens * shape.width * e
     used = {
         "load": on_device + min(_READ_ELEMENTS * _FP32, base),
-        "forward": resident + acts.kept + max(acts.logits + found.head * e, acts.forward + found.forward * e),
-        "backward": resident + acts.backward + found.backward * e,
+        "forward": resident
+        + max(acts.kept + acts.logits + found.head * e, acts.kept + acts.forward + found.layers * e, few + found.start * e),
+        "backward": resident + max(acts.backward + found.backward * e, few + found.finish * e),
         # Fused AdamW works in place; the gathered small parameters stay.
         "step": resident + found.between * e,
         # A flat copy of one kind at a time, on its way to main memory (Stepper.capture).
@@ -215,7 +218,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     phases = {name: count + margin[name] for name, count in used.items()}
     parts = {
         "base_shard": on_device,
-        "gathered": max(found.forward, found.backward) * e,
+        "gathered": max(found.forward, found.backward, found.finish) * e,
         "delta": delta,
         "gradients": gradients,
         "optimizer": optimizer,
@@ -235,7 +238,7 @@ def _full(asked: Setting) -> MicroBatch:
     return MicroBatch(n, n, examples if asked.head_outputs else n, examples, length, n * length)
 
 
-_NOTHING = Gathered(0, 0, 0, 0, 0)
+_NOTHING = Gathered(*[0] * 8)
 _gathered = lru_cache(maxsize=64)(gathered)
 """Ranks enter by a few elements of padding only; it is asked for many times with the same."""
 
