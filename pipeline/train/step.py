@@ -8,6 +8,7 @@ matrices by a reduce-scatter each: pipeline/methods/subset.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,30 +143,25 @@ class Stepper:
             JobError: the state has other tensors than the job trains.
         """
         for kind in _KINDS:
-            for name, tensor in self._tensors.items():
-                with torch.no_grad():
-                    self._hand_out(f"{kind}/{name}", self._of(kind, tensor), tensors)
+            # What is whole goes in one piece.
+            flat = self._one_piece(kind)
+            for name, part in self._parts(flat):
+                _take(part, f"{kind}/{name}", tensors)
+            dist.broadcast(flat, 0)
+            for name, part in self._parts(flat):
+                self._of(kind, self._tensors[name]).copy_(part)
             for name, shard in self._shards.items():
                 whole = torch.empty(shard.shape, device=shard.master.device)
-                self._hand_out(f"{kind}/{name}", whole, tensors)
+                _take(whole, f"{kind}/{name}", tensors)
+                dist.broadcast(whole, 0)
                 first, held = run_of(shard.parameter)
-                with torch.no_grad():
-                    self._of(kind, shard.master)[:held].copy_(whole.view(-1)[first : first + held])
+                self._of(kind, shard.master)[:held].copy_(whole.view(-1)[first : first + held])
         self._delta.publish()
         for state in self.optimizer.state.values():
             state["step"].fill_(float(progress.optimizer_steps))
         self._optimizer_steps, self._skipped_steps = progress.optimizer_steps, progress.skipped_steps
         if self._scale is not None:
             self._scale, self._good_steps = progress.loss_scale or _FIRST_SCALE, progress.good_steps
-
-    def _hand_out(self, name: str, whole: torch.Tensor, tensors: dict[str, torch.Tensor] | None) -> None:
-        """A stored tensor from the first rank to all."""
-        if tensors is not None:
-            stored = tensors.get(name)
-            if stored is None or stored.shape != whole.shape:
-                raise JobError(f"the state has no {name} with shape {list(whole.shape)}. Put the job back, or use --fresh.")
-            whole.copy_(stored)
-        dist.broadcast(whole, 0)
 
     def _of(self, kind: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach() if kind == "weight" else self.optimizer.state[tensor][kind]
@@ -175,13 +171,20 @@ class Stepper:
         if not self._ranks.first:
             return {}
         # One copy to main memory for all that is whole.
-        flat = torch.cat([self._of(kind, tensor).reshape(-1) for tensor in self._tensors.values()]).to("cpu") if self._tensors else None
-        parts, place = {}, 0
-        for name, tensor in self._tensors.items():
-            assert flat is not None
-            parts[name] = flat[place : place + tensor.numel()].view_as(tensor)
-            place += tensor.numel()
+        parts = dict(self._parts(self._one_piece(kind).to("cpu")))
         return parts | {name: whole for name, whole in runs.items() if whole is not None}
+
+    def _one_piece(self, kind: str) -> torch.Tensor:
+        """A flat copy of all that is whole."""
+        nothing = torch.empty(0, device=self._ranks.device)
+        return torch.cat([nothing, *(self._of(kind, tensor).reshape(-1) for tensor in self._tensors.values())])
+
+    def _parts(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole tensors in a flat buffer of them, by name."""
+        place = 0
+        for name, tensor in self._tensors.items():
+            yield name, flat[place : place + tensor.numel()].view_as(tensor)
+            place += tensor.numel()
 
     def _whole(self, shard: BaseParameter, run: torch.Tensor) -> torch.Tensor | None:
         """A sharded tensor from all ranks' runs, in the first one's main memory."""
@@ -219,6 +222,20 @@ class Stepper:
         self._good_steps = 0
         if self._scale is not None and lower_scale:
             self._scale /= 2.0
+
+
+def _take(part: torch.Tensor, name: str, tensors: dict[str, torch.Tensor] | None) -> None:
+    """Copies a stored tensor, on the rank that has them.
+
+    Raises:
+        JobError: it is not there, or of another shape.
+    """
+    if tensors is None:
+        return
+    stored = tensors.get(name)
+    if stored is None or stored.shape != part.shape:
+        raise JobError(f"the state has no {name} with shape {list(part.shape)}. Put the job back, or use --fresh.")
+    part.copy_(stored)
 
 
 def _flat_gradient(tensors: list[torch.Tensor], more: int, ranks: Ranks) -> torch.Tensor:
