@@ -25,6 +25,7 @@ from pipeline.tasks.open import has_split, sources_of
 from pipeline.tasks.order import refuse_longer
 from pipeline.tasks.prepare import encoder_of, split_store, stream_of
 from pipeline.tasks.sequences import Sequences, fit
+from pipeline.tasks.specials import specials_of
 from pipeline.tasks.store import Store
 from pipeline.tasks.tokens import Tokens
 from pipeline.weights.hub import local_tokenizer
@@ -44,12 +45,15 @@ def look(job: Job, examples: int, screen: Screen) -> dict[str, Any]:
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = local_tokenizer(job.base.model, job.base.revision)
-    config, tokens = read_config(folder), Tokens(folder)
+    config, tokens = read_config(folder), Tokens(folder, job.base.added_tokens)
     family = known_family(config)
     if any(labels_of(task) == () for task in sources_of(job.task)):
         refuse_encoder(config, f'task.kind = "{job.task.kind}"')
         tokens.require_end()
-    context, vocabulary = family.context(config) if family else config.max_position_embeddings, config.vocab_size
+    vocabulary = max(config.vocab_size, *(place + 1 for place in tokens.added_ids)) if tokens.added_ids else config.vocab_size
+    context = family.context(config) if family else config.max_position_embeddings
+    # Special tokens around each prompt have a share of it.
+    context -= len(specials_of(job.methods, vocabulary) or ())
     special = family is not None and family.encoder
     limit = min(job.train.max_tokens or context, context)
     tasks = sources_of(job.task)

@@ -69,6 +69,8 @@ class Generator:
     separator: str
     tokens: Tokens
     encoder: Encoder
+    vocabulary: int
+    """Ids that the model knows."""
     specials: Specials | None
     """What stands around every prompt, by the delta's methods."""
     root: Causal
@@ -88,13 +90,12 @@ class Generator:
     def prompt_tokens(self, asked: list[Asked]) -> list[list[int]]:
         """Raises:
         JobError: a prompt that leaves no room for an answer, by its line; a token that the model has not."""
-        config = self.root.model.config
         context, room = self.root.context - len(self.specials or ()), self.decoding.max_new_tokens
         found = []
         for one, ids in zip(asked, self.encoder.typed([one.prompt for one in asked]), strict=True):
-            if max(ids) >= config.vocab_size:
+            if max(ids) >= self.vocabulary:
                 raise JobError(
-                    f"{one.source}: token {max(ids)} is not among the model's {config.vocab_size} embeddings. "
+                    f"{one.source}: token {max(ids)} is not among the model's {self.vocabulary} embeddings. "
                     "Use the tokenizer of this base.",
                     everywhere=True,
                 )
@@ -157,9 +158,11 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     if manifest and manifest.head:
         raise JobError(f"{delta}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
     separator = _separator(source.separator, manifest, delta)
-    tokens = Tokens(folder)
+    added = manifest.added if manifest else None
+    tokens = Tokens(folder, added.tokens if added else ())
+    vocabulary = max(config.vocab_size, added.ids[-1] + 1) if added else config.vocab_size
     tokens.require_end()
-    encoder = Encoder(tokens, separator, 0, config.vocab_size, chat=manifest is not None and manifest.chat)
+    encoder = Encoder(tokens, separator, 0, vocabulary, chat=manifest is not None and manifest.chat)
     dtype = source.dtype or _default_dtype(manifest, checkpoint, ranks.device)
     # Beside loading; remembered for the next time.
     digests = ThreadPoolExecutor(1).submit(file_digests, checkpoint.files) if manifest and ranks.first else None
@@ -174,9 +177,11 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
         refuse_other_base(stored.manifest, delta, digest[0])
         attach_stored(base, stored, delta, ranks.device)
     root = Causal(base.model, base.family)
-    specials = specials_of(methods_of(stored.manifest, delta), config.vocab_size) if stored and delta else None
+    specials = specials_of(methods_of(stored.manifest, delta), vocabulary) if stored and delta else None
     engine = Engine(root, zero)
-    return Generator(ranks, screen, source, dtype, manifest, separator, tokens, encoder, specials, root, engine, decoding, too_long)
+    return Generator(
+        ranks, screen, source, dtype, manifest, separator, tokens, encoder, vocabulary, specials, root, engine, decoding, too_long
+    )
 
 
 def _separator(asked: str | None, manifest: Manifest | None, delta: Path | None) -> str:

@@ -78,8 +78,9 @@ def import_delta(
     heads = tuple(head.tensors) if head else ()
     tensors |= {head_key(name): foreign.rest[name].contiguous() for name in heads}
     digests = file_digests(checkpoint.files)
+    named = str(folder.resolve()) if Path(base).is_dir() else base
     manifest: dict[str, Any] = {
-        "base": str(folder.resolve()) if Path(base).is_dir() else base,
+        "base": named,
         "base_digest": base_digest(digests),
         "base_files": digests,
         "job_digest": "",
@@ -88,12 +89,12 @@ def import_delta(
         "modules": tuple(modules),
         "head": Head(head.labels, head.architecture, heads) if head else None,
     }
-    write_delta(out, tensors, _config(foreign, modules, head, manifest["base"]), manifest)
+    write_delta(out, tensors, _config(foreign, modules, head, named), manifest)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(source.resolve()),
         "delta": str(out.resolve()),
-        "base": manifest["base"],
+        "base": named,
         "base_digest": manifest["base_digest"],
         "modules": len(modules),
         "parameters": manifest["parameters"],

@@ -10,6 +10,8 @@ from typing import Any
 from pipeline.cluster.launch import started_here
 from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
+from pipeline.job.labels import labels_of
+from pipeline.job.method import merges
 from pipeline.job.metrics import shown
 from pipeline.job.spec import Job
 from pipeline.job.task import Glue
@@ -34,16 +36,17 @@ def show_start(
 ) -> None:
     """What is about to happen."""
     base, ranks = session.base, session.ranks
-    frozen, trained = base.parameters, session.delta.parameters
+    delta = session.delta
+    whole, trained = base.parameters, delta.parameters
     where = f"{ranks.count} x {ranks.device.type.upper()}"
     lengths = f"{course.steps:,} of {job.train.batch_examples} examples, {len(course.data):,} examples in all"
     rows = [
         ("base", f"{job.base.model} ({job.base.dtype}, loaded in {base.load_s:.1f} s)"),
-        ("frozen", f"{frozen:,} parameters"),
-        ("trained", f"{trained:,} parameters ({100 * trained / frozen:.2f} %)"),
+        ("frozen", f"{whole - delta.base_parameters:,} parameters"),
+        ("trained", f"{trained:,} parameters ({100 * trained / whole:.2f} % of the base)"),
         (
             "per rank",
-            f"{size_text(shard_bytes(session.root))} of the base between steps, {size_text(trained * 16)} of the delta, on {where}",
+            f"{size_text(shard_bytes(session.root))} of the base between steps, {size_text(delta.held * 16)} of what it trains, on {where}",
         ),
         ("steps", lengths),
     ]
@@ -110,8 +113,11 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
         ("delta", str(run / "delta")),
         ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(run / "tensorboard")])),
         ("score it", shlex.join(["zlora", "evaluate", str(run), *split])),
-        ("merge it", shlex.join(["zlora", "merge", job.base.model, str(chosen), *revision, "--out", "MERGED"])),
     ]
+    if merges(job.methods):
+        rows.append(("merge it", shlex.join(["zlora", "merge", job.base.model, str(chosen), *revision, "--out", "MERGED"])))
+    elif labels_of(sources_of(job.task)[0]) == ():
+        rows.append(("use it", shlex.join(["zlora", "generate", "--base", job.base.model, "--delta", str(chosen), *revision])))
     if result["skipped_steps"]:
         rows.insert(2, ("skipped steps", f"{result['skipped_steps']} (gradients out of range)"))
     if best:

@@ -21,6 +21,7 @@ from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
 from pipeline.job.task import Mix, SingleTask, titled
 from pipeline.job.zero import complete, deepspeed_config
+from pipeline.methods.added import NewTokens, vocabulary_with
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, require_dtype
 from pipeline.model.causal import Causal
@@ -81,6 +82,7 @@ class Session:
     context: int
     """Positions the model has."""
     vocabulary: int
+    """Ids that the model knows, added tokens included."""
     base_config: str
     """sha256 of the base's config.json."""
     choice: Choice | None
@@ -169,7 +171,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     ranks.watch.at("fetching the base", patient=True)
     folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     ranks.watch.at("starting")
-    config, tokens = read_config(folder), Tokens(folder)
+    config, tokens = read_config(folder), Tokens(folder, job.base.added_tokens)
     labels = labels_of(sources_of(job.task)[0])
     if labels == ():
         refuse_encoder(config, f'task.kind = "{job.task.kind}"')
@@ -191,7 +193,8 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
-    delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout)
+    new = NewTokens(job.base.added_tokens, tokens.added_ids) if tokens.added_ids else None
+    delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout, new=new)
     root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:
@@ -207,7 +210,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         root,
         Engine(root, zero),
         context=root.context,
-        vocabulary=config.vocab_size,
+        vocabulary=vocabulary_with(base.model, new),
         base_config=sha256_of(folder / "config.json"),
         choice=choice,
     )

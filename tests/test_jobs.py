@@ -24,6 +24,8 @@ PLANNED = {("lora",)}
 """Methods whose memory the plan knows. What the others train is counted."""
 STAND_IN = "facebook/opt-66b"
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+GLUE_ROWS = (392_702, 67_349, 3_668, 8_551, 104_743, 363_846, 2_490, 5_749)
+"""Training examples."""
 FROM_MNLI = ("mrpc", "rte", "stsb")
 
 
@@ -120,9 +122,11 @@ def test_a_run_that_a_job_begins_from_is_that_of_a_job_here(jobs):
     begun = {name: job for name, job in jobs.items() if job.methods[0].start}
     assert len(begun) == 3 * 3 + 3
     for name, job in begun.items():
-        first = jobs[f"glue/{Path(job.methods[0].start).name}"]
+        run, best = Path(job.methods[0].start).parent, Path(job.methods[0].start).name
+        first = jobs[f"glue/{run.name}"]
         assert (first.task.name, methods_of(first), first.base) == ("mnli", methods_of(job), job.base), name
-        assert Path(job.methods[0].start).parent.name == "runs"
+        assert (run.parent.name, best) == ("runs", "best")
+        assert first.evaluate.best_metric == "accuracy"
         assert job.task.name in FROM_MNLI
 
 
@@ -197,6 +201,8 @@ def test_glue_has_the_settings_of_tables_9_and_10(jobs, row):
         assert train.learning_rate == pytest.approx(rate * 1e-4)
         assert (train.warmup_ratio, train.schedule) == (0.1 if row.startswith("deberta") else 0.06, "linear")
         assert job.task.name == task
+        assert job.evaluate.best_metric == {"cola": "matthews", "stsb": "pearson"}.get(task, "accuracy")
+        assert job.evaluate.every_steps == -(-GLUE_ROWS[place] // train.batch_examples)
         assert task != "mnli" or job.task.section == "both"
         assert bool(job.methods[0].start) == (task in FROM_MNLI and name.endswith("e_lora"))
         if row.startswith("deberta"):

@@ -19,7 +19,7 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import Head, Manifest, Module, StoredDelta, read_delta
+from pipeline.weights.delta import Added, Head, Manifest, Module, StoredDelta, read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import INDEX_NAME
 from pipeline.weights.index import Checkpoint, Entry, header_of, open_checkpoint, read_header
@@ -61,19 +61,44 @@ class Change:
 
     replaced: torch.Tensor | None = None
     added: Addition | None = None
+    new: tuple[tuple[int, ...], torch.Tensor] | None = None
+    """Ids and rows of added tokens [A, D]: in the place of rows that are there, or behind them."""
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the result.
+
+        Args:
+            stored: of the tensor in the base.
+        """
+        if self.new is None:
+            return stored
+        return (max(stored[0], self.new[0][-1] + 1), *stored[1:])
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def expected(self) -> tuple[int | None, ...]:
+        """Shape that the tensor has in the base. None: whatever it is."""
         found = self.replaced if self.replaced is not None else self.added
-        assert found is not None
-        return tuple(found.shape)
+        if found is not None:
+            return tuple(found.shape)
+        assert self.new is not None
+        return (None, self.new[1].shape[1])
+
+    def behind(self, rows: int) -> torch.Tensor | None:
+        """What stands behind the base's rows."""
+        if self.new is None or self.new[0][-1] < rows:
+            return None
+        return self.new[1][[place for place, token in enumerate(self.new[0]) if token >= rows]]
 
     def rows(self, stored: torch.Tensor, first: int) -> torch.Tensor:
         """Of the result, from rows of the base [N, ...] in fp32 or wider, the first of them `first`."""
         last = first + len(stored)
         if self.replaced is not None:
             stored = self.replaced[first:last].to(stored.dtype).view_as(stored)
-        return stored if self.added is None else stored + self.added.rows(first, last)
+        result = stored if self.added is None else stored + self.added.rows(first, last)
+        for token, row in zip(*self.new, strict=True) if self.new else ():
+            if first <= token < last:
+                result[token - first] = row
+        return result
 
 
 def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter) -> dict[str, Any]:
@@ -110,6 +135,10 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
             extra = head if file == checkpoint.files[-1] else {}
             results[file.name] = _merge_file(file, partial / file.name, tensors, changes, reader, errors, extra, set(head))
         _copy_the_rest(base, partial)
+        if manifest.added:
+            grown = [(checkpoint.entries[name], change) for name, change in changes.items()]
+            more = sum((change.shape(entry.shape)[0] - entry.shape[0]) * entry.bytes // entry.shape[0] for entry, change in grown)
+            _announce_tokens(base, partial, manifest.added, more)
         if manifest.head:
             replaced = sum(checkpoint.entries[name].bytes for name in head if name in checkpoint.entries)
             _announce(partial, checkpoint.files[-1].name, manifest.head, sum(4 * tensor.numel() for tensor in head.values()) - replaced)
@@ -144,8 +173,9 @@ def _merge_file(
             sha.update(data)
             new.write(data)
 
-        if extra or any(entry.name in left_out for entry in entries):
-            write(_with(header, [entry for entry in entries if entry.name not in left_out], extra))
+        grown = {entry.name: shape for entry in entries if (shape := changes.get(entry.name, Change()).shape(entry.shape)) != entry.shape}
+        if extra or grown or any(entry.name in left_out for entry in entries):
+            write(_with(header, [entry for entry in entries if entry.name not in left_out], grown, extra))
         else:
             _copy(old, data_start, write)
         for _ in entries:
@@ -165,12 +195,14 @@ def _merge_file(
     return sha.hexdigest()
 
 
-def _with(old: dict[str, Any], entries: list[Entry], extra: dict[str, torch.Tensor]) -> bytes:
-    """A safetensors header of these tensors of an old one, and of fp32 tensors more, whose data come behind the others'."""
+def _with(old: dict[str, Any], entries: list[Entry], grown: dict[str, tuple[int, ...]], extra: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors header of these tensors of an old one, some with more rows, and of fp32 tensors more, whose data come behind."""
     header, place = {key: value for key, value in old.items() if key == "__metadata__"}, 0
     for entry in entries:
-        header[entry.name] = {**old[entry.name], "data_offsets": [place, place + entry.bytes]}
-        place += entry.bytes
+        shape = grown.get(entry.name, entry.shape)
+        size = torch.Size(shape).numel() * entry.dtype.itemsize
+        header[entry.name] = {**old[entry.name], "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
     for name, tensor in extra.items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + 4 * tensor.numel()]}
         place += 4 * tensor.numel()
@@ -192,9 +224,32 @@ def _announce(folder: Path, file: str, head: Head, more_bytes: int) -> None:
         end = config.get("eos_token_id")
         config["pad_token_id"] = end[0] if isinstance(end, list) else end
     write_json(folder / "config.json", config)
+    _grow_index(folder, more_bytes, dict.fromkeys(head.tensors, file))
+
+
+def _announce_tokens(base: Path, folder: Path, added: Added, more_bytes: int) -> None:
+    """Makes config, index and tokenizer those of a model that knows the tokens."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["vocab_size"] = max(config["vocab_size"], added.ids[-1] + 1)
+    write_json(folder / "config.json", config)
+    _grow_index(folder, more_bytes)
+    # Here alone is transformers needed, and it takes seconds to import.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer.add_tokens(list(added.tokens))
+    tokenizer.save_pretrained(folder)
+
+
+def _grow_index(folder: Path, more_bytes: int, files: dict[str, str] | None = None) -> None:
+    """Where there is one.
+
+    Args:
+        files: further tensors -> the file that each is in.
+    """
     if (folder / INDEX_NAME).is_file():
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        index["weight_map"] |= dict.fromkeys(head.tensors, file)
+        index["weight_map"] |= files or {}
         if "total_size" in index.get("metadata", {}):
             index["metadata"]["total_size"] += more_bytes
         write_json(folder / INDEX_NAME, index)
@@ -218,6 +273,8 @@ def _merge_tensor(entry: Entry, change: Change, reader: Reader, write: Callable[
             raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
         error = max(error, float((rounded.to(wide) - exact).abs().max()))
         write(byte_view(rounded))
+    if (more := change.behind(rows)) is not None:
+        write(byte_view(more.to(entry.dtype).contiguous()))
     return error
 
 
@@ -244,6 +301,10 @@ def _changes(stored: StoredDelta) -> dict[str, Change]:
     for module in stored.manifest.modules:
         addition = Addition(module, *stored.pairs[module.name])
         changes[module.tensor] = replace(changes.get(module.tensor, Change()), added=addition)
+    if added := stored.manifest.added:
+        for name, tensors in added.rows.items():
+            for tensor in tensors:
+                changes[tensor] = replace(changes.get(tensor, Change()), new=(added.ids, stored.added[name]))
     return changes
 
 
@@ -260,9 +321,10 @@ def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
 def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
     for name, change in changes.items():
         entry = checkpoint.entries.get(name)
-        if entry is None or entry.shape != change.shape:
+        wanted, shape = change.expected, entry.shape if entry else ()
+        fits = len(shape) == len(wanted) and all(size in (None, own) for size, own in zip(wanted, shape, strict=True))
+        if not fits:
             found = "not there" if entry is None else f"of shape {list(entry.shape)}"
             raise JobError(
-                f'{delta}: adapts tensor "{name}" of shape {list(change.shape)}, which in {checkpoint.folder} is {found}. '
-                "Name the right base."
+                f'{delta}: adapts tensor "{name}" of shape {list(wanted)}, which in {checkpoint.folder} is {found}. Name the right base.'
             )

@@ -135,6 +135,11 @@ class Adapter(Section):
 Method: TypeAlias = Annotated[Lora | Full | FullTop | BitFit | PrefixEmbed | PrefixLayer | Adapter, Field(discriminator="kind")]
 
 
+def merges(methods: tuple[Method, ...]) -> bool:
+    """Whether what they train has a place in an ordinary checkpoint."""
+    return not any(isinstance(method, Adapter | PrefixEmbed | PrefixLayer) for method in methods)
+
+
 def trains_matrices(methods: tuple[Method, ...]) -> str | None:
     """The kind that trains matrices of the base, whose masters are sharded as the base is; None: the base's matrices stay frozen."""
     return next((method.kind for method in methods if isinstance(method, Full | FullTop)), None)

@@ -25,6 +25,8 @@ class Base(Section):
     """Hugging Face hub id, or a folder with config.json and safetensors files."""
     revision: str | None = None
     """Branch, tag or commit on the hub, its default branch when absent. A folder has none: there this is not looked at."""
+    added_tokens: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Tokens that the tokenizer is to have beside its own; their embeddings are trained with the delta."""
     dtype: Dtype = "bf16"
     """Of the base and of compute. The delta's master weights are always fp32."""
 

@@ -11,12 +11,15 @@ import torch
 
 from pipeline.job.method import Adapter, Lora, Method, PrefixEmbed, PrefixLayer
 from pipeline.methods.adapter import Bottleneck, attach_adapters
+from pipeline.methods.added import NewTokens, attach_added, vocabulary_with
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora
-from pipeline.methods.prefix import Prefix, attach_prefix
+from pipeline.methods.overlay import Overlay
+from pipeline.methods.prefix import attach_prefix
 from pipeline.methods.subset import BaseParameter, train_base
 from pipeline.model.load import LoadedBase
+from pipeline.weights.delta import Added
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,11 @@ class Delta:
     adapted: tuple[AdaptedLinear, ...]
     """LoRA's."""
     adapters: tuple[Bottleneck, ...]
-    prefix: Prefix | None
+    prefix: Overlay | None
+    new_tokens: Overlay | None
+    """The job's added tokens."""
+    added: Added | None
+    """What is written of them."""
     base: tuple[BaseParameter, ...]
     """The base's own parameters that are trained."""
     head: TaskHead | None
@@ -44,8 +51,8 @@ class Delta:
         }
         for adapter in self.adapters:
             found |= adapter.tensors()
-        if self.prefix:
-            found |= self.prefix.rows
+        for overlay in (self.prefix, self.new_tokens):
+            found |= overlay.rows if overlay else {}
         found |= {one.name: one.master for one in self.base if not one.sharded}
         return found | (self.head.tensors if self.head else {})
 
@@ -64,6 +71,16 @@ class Delta:
         whole = sum(tensor.numel() for tensor in self.tensors().values())
         return whole + sum(torch.Size(one.shape).numel() for one in self.shards().values())
 
+    @property
+    def base_parameters(self) -> int:
+        """Those of them that are the base's own."""
+        return sum(torch.Size(one.shape).numel() for one in self.base)
+
+    @property
+    def held(self) -> int:
+        """Trained elements on this rank."""
+        return sum(tensor.numel() for tensor in self.tensors().values()) + sum(one.master.numel() for one in self.shards().values())
+
 
 def attach(
     base: LoadedBase,
@@ -73,12 +90,14 @@ def attach(
     labels: tuple[str, ...] | None = (),
     head_dropout: float = 0.0,
     train: bool = True,
+    new: NewTokens | None = None,
 ) -> Delta:
     """Puts the job's methods onto the base.
 
     Args:
         labels: of the classes that a head tells apart; None: it puts out a number. Without any there is no head.
         train: the methods' share of the base's own parameters too.
+        new: tokens that the base does not know.
 
     Raises:
         JobError: a target, a place or a layer that is not there.
@@ -88,6 +107,7 @@ def attach(
     adapted: list[AdaptedLinear] = []
     adapters: list[Bottleneck] = []
     prefix = None
+    new_tokens, added = attach_added(base, new, device) if new else (None, None)
     # An adapter reads what a linear map puts out with LoRA's share.
     for place, method in sorted(enumerate(methods), key=lambda item: isinstance(item[1], Adapter)):
         match method:
@@ -96,6 +116,6 @@ def attach(
             case Adapter():
                 adapters = attach_adapters(model, family, method, place, seed, device)
             case PrefixEmbed() | PrefixLayer():
-                prefix = attach_prefix(model, family, method, seed, device)
+                prefix = attach_prefix(base, method, vocabulary_with(model, new), seed, device)
     trained = train_base(base, methods, device) if train else ()
-    return Delta(methods, tuple(adapted), tuple(adapters), prefix, trained, head, clock)
+    return Delta(methods, tuple(adapted), tuple(adapters), prefix, new_tokens, added, trained, head, clock)

@@ -45,8 +45,8 @@ def store(
         stored[a_key], stored[b_key] = pair.a.contiguous(), pair.b.contiguous()
     head = tuple(delta.head.tensors) if delta.head else ()
     stored |= {head_key(name): values[name].contiguous() for name in head}
-    other = tuple(_placed(delta))
-    stored |= {name: values[name].contiguous() for name in (*(one.name for one in delta.base), *other)}
+    other, added = tuple(_placed(delta)), tuple(delta.new_tokens.rows) if delta.new_tokens else ()
+    stored |= {name: values[name].contiguous() for name in (*(one.name for one in delta.base), *added, *other)}
     modules = tuple(
         Module(
             name=adapted.module,
@@ -71,9 +71,10 @@ def store(
         "dtype": base.dtype,
         "methods": tuple(method.model_dump(mode="json", exclude={"start"}) for method in delta.methods),
         "replaced": tuple(Replaced(one.name, loaded.stored_names(one.name)) for one in delta.base),
+        "added": delta.added,
         "other": other,
     }
-    only_lora = delta.adapted and not delta.base and not other
+    only_lora = delta.adapted and not delta.base and not delta.added and not other
     write_delta(folder, stored, _peft_config(delta, pairs, base.model) if only_lora else None, manifest, beside)
 
 
@@ -92,6 +93,8 @@ def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
     restore_lora(delta, stored, folder, repair)
     restore_placed(delta, stored, folder, repair)
     restore_base(delta, stored, folder, repair)
+    if not restore_added(delta, stored):
+        raise JobError(f"{folder}: was trained with other base.added_tokens. {repair}")
     if not restore_head(delta, stored):
         raise JobError(f"{folder}: its head is not that of the job's task. {repair}")
     return stored.manifest
@@ -102,9 +105,10 @@ def restore_lora(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -
     JobError: it adapts other modules, or in another rank."""
     if set(stored.pairs) != {adapted.module for adapted in delta.adapted}:
         raise JobError(f"{folder}: LoRA adapts other modules in it than in the job. {repair}")
+    scales = {module.name: module.alpha / module.rank for module in stored.manifest.modules}
     for adapted in delta.adapted:
         try:
-            from_peft(adapted, *stored.pairs[adapted.module])
+            from_peft(adapted, *stored.pairs[adapted.module], scales[adapted.module])
         except ValueError as error:
             raise JobError(f"{folder}: {error}. {repair}") from None
 
@@ -136,6 +140,13 @@ def restore_base(delta: Delta, stored: StoredDelta, folder: Path, repair: str) -
             first, held = run_of(one.parameter)
             one.master[:held].copy_(values.reshape(-1)[first : first + held])
     delta.publish()
+
+
+def restore_added(delta: Delta, stored: StoredDelta) -> bool:
+    """Whether the stored rows are of the job's added tokens; if not, nothing is changed."""
+    if (delta.added and delta.added.tokens) != (stored.manifest.added and stored.manifest.added.tokens):
+        return False
+    return _copy(delta.new_tokens.rows if delta.new_tokens else {}, stored.added)
 
 
 def restore_head(delta: Delta, stored: StoredDelta) -> bool:
@@ -176,6 +187,7 @@ def begin(delta: Delta, digest: str) -> list[tuple[str, str]]:
                 restore_placed(delta, stored, folder, repair)
             case Full() | FullTop() | BitFit():
                 restore_base(delta, stored, folder, repair)
+        restore_added(delta, stored)
         head = ""
         if delta.head:
             head = ", its head too" if restore_head(delta, stored) else "; its head is of other labels, so this one is new"

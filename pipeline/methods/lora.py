@@ -146,8 +146,11 @@ def to_peft(adapted: AdaptedLinear, values: dict[str, torch.Tensor]) -> PeftPair
     return PeftPair(a, b, column, branches[0].scale * column)
 
 
-def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
+def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """Copies a stored pair into the branches.
+
+    Args:
+        scale: alpha / rank that it was stored with. B takes in what differs from the branches' own, so that the update is the same.
 
     Raises:
         ValueError: the pair has another shape.
@@ -161,7 +164,7 @@ def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
             rank = branch.b.shape[1]
             branch.a.copy_(a[column : column + rank])
             branch.b.copy_(b[branch.rows.places(adapted.linear.out_features), column : column + rank])
-            branch.b.mul_(adapted.branches[0].scale / branch.scale)
+            branch.b.mul_(scale / branch.scale)
             column += rank
 
 

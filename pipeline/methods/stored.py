@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter, Method, PrefixEmbed, PrefixLayer
+from pipeline.methods.added import NewTokens
 from pipeline.methods.attach import attach
 from pipeline.methods.dropout import DropoutClock
-from pipeline.methods.files import restore_placed
+from pipeline.methods.files import restore_added, restore_placed
 from pipeline.methods.lora import LoraBranch, Rows
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import LoadedBase
@@ -40,7 +41,12 @@ def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: t
         scale, rows = module.alpha / module.rank, Rows(0, b.shape[0])
         linear.branches.append(LoraBranch(module.name, a.to(device), b.to(device), scale, rows, dropout=0.0, layer=place, clock=clock))
     placed = tuple(method for method in methods_of(stored.manifest, folder) if isinstance(method, Adapter | PrefixEmbed | PrefixLayer))
-    restore_placed(attach(base, placed, 0, device, train=False), stored, folder, "Name the base it was trained on.")
+    added = stored.manifest.added
+    new = NewTokens(added.tokens, added.ids) if added else None
+    delta = attach(base, placed, 0, device, train=False, new=new)
+    restore_placed(delta, stored, folder, "Name the base it was trained on.")
+    if not restore_added(delta, stored):
+        raise JobError(f"{folder}: its added tokens are not of this base. Name the base it was trained on.")
     parameters = dict(model.named_parameters())
     for name, tensor in stored.replaced.items():
         if name not in parameters or shape_of(parameters[name]) != tuple(tensor.shape):

@@ -25,6 +25,8 @@ class HeadLoss(NamedTuple):
     """Gradient of the first with respect to the hidden states [M, D], if wanted."""
     weight: torch.Tensor | None
     """The same for the weight [V, D], fp32, where it is trained."""
+    added: torch.Tensor | None
+    """The same for the rows of added tokens [A, D]."""
 
 
 Collect = Callable[[torch.Tensor], None]
@@ -45,60 +47,75 @@ class Head(nn.Module):
         self.softcap = softcap
         self.collect: Collect | None = None
         """Where the weight is trained: who takes its gradient."""
+        self.added: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Ids [A], ascending, and trained rows [A, D] of tokens that the base did not know."""
         self.weight = original.weight
         self.bias = original.bias
 
     def forward(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0, with_gradient: bool = False
     ) -> torch.Tensor | HeadLoss:
-        """Logits [..., V] without labels; with labels [M], the loss of x [M, D] and its gradient, outside any graph."""
+        """Logits [..., V] without labels; with labels [M], the loss of x [M, D] and its gradients, outside any graph."""
         if labels is None:
-            logits = nn.functional.linear(x, self.weight, self.bias)
+            logits = self._linear(x)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        return _loss(x, labels, self.weight, self.bias, self.softcap, smoothing, with_gradient, self.collect is not None)
+        return self._loss(x, labels, smoothing, with_gradient)
 
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(x, self.weight, self.bias)
+        if self.added is None:
+            return logits
+        ids, rows = self.added
+        more = int(ids[-1]) + 1 - logits.shape[-1]
+        if more > 0:
+            logits = nn.functional.pad(logits, (0, more))
+        return logits.index_copy(-1, ids, nn.functional.linear(x, rows.to(x.dtype)))
 
-@torch.no_grad()
-def _loss(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    smoothing: float,
-    with_gradient: bool,
-    with_weight: bool,
-) -> HeadLoss:
-    vocabulary = weight.shape[0]
-    rows = max(1, _CHUNK_LOGITS // vocabulary)
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    nll = torch.zeros_like(loss)
-    gradient = torch.empty_like(hidden) if with_gradient else None
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and with_weight else None
-    for first in range(0, len(labels), rows):
-        part, label = hidden[first : first + rows], labels[first : first + rows, None]
-        logits = nn.functional.linear(part, weight, bias).float()
-        bent = None
-        if softcap is not None:
-            bent = torch.tanh(logits / softcap)
-            logits = softcap * bent
-        log_p = logits.log_softmax(-1)
-        del logits
-        part_nll = -log_p.gather(1, label).sum()
-        nll += part_nll
-        loss += (1.0 - smoothing) * part_nll
-        if smoothing:
-            loss -= smoothing / vocabulary * log_p.sum()
-        if gradient is not None:
+    @torch.no_grad()
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, with_gradient: bool) -> HeadLoss:
+        weight, softcap = self.weight, self.softcap
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        nll = torch.zeros_like(loss)
+        gradient = torch.empty_like(hidden) if with_gradient else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and self.collect else None
+        of_added = torch.zeros_like(self.added[1]) if with_gradient and self.added else None
+        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+        for first in range(0, len(labels), rows):
+            part, label = hidden[first : first + rows], labels[first : first + rows, None]
+            logits = self._linear(part).float()
+            vocabulary = logits.shape[-1]
+            bent = None
+            if softcap is not None:
+                bent = torch.tanh(logits / softcap)
+                logits = softcap * bent
+            log_p = logits.log_softmax(-1)
+            del logits
+            part_nll = -log_p.gather(1, label).sum()
+            nll += part_nll
+            loss += (1.0 - smoothing) * part_nll
+            if smoothing:
+                loss -= smoothing / vocabulary * log_p.sum()
+            if gradient is None:
+                continue
             slope = log_p.exp_().sub_(smoothing / vocabulary)
             slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
             if bent is not None:
                 slope *= 1.0 - bent.square()
             slope = slope.to(part.dtype)
-            gradient[first : first + rows] = slope @ weight
+            through = gradient[first : first + rows]
+            if self.added is None:
+                torch.mm(slope, weight, out=through)
+            else:
+                ids, own = self.added
+                assert of_added is not None
+                of_added += slope[:, ids].t() @ part
+                torch.mm(slope[:, ids], own.to(part.dtype), out=through)
+                # Rows of the base that they stand in front of have no part in it.
+                slope = slope.index_fill(1, ids, 0.0)[:, : weight.shape[0]]
+                through += slope @ weight
             if of_weight is not None:
                 of_weight += slope.t() @ part
-    return HeadLoss(loss, nll, gradient, of_weight)
+        return HeadLoss(loss, nll, gradient, of_weight, of_added)
 
 
 class _Attach(torch.autograd.Function):
@@ -106,19 +123,24 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: torch.Tensor, computed: HeadLoss, collect: Collect | None
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: torch.Tensor,
+        rows: torch.Tensor | None,
+        computed: HeadLoss,
+        collect: Collect | None,
     ) -> torch.Tensor:
         ctx.computed, ctx.collect = computed, collect  # type: ignore[attr-defined]
         return computed.loss.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         computed: HeadLoss = ctx.computed  # type: ignore[attr-defined]
         if computed.weight is not None:
             ctx.collect(computed.weight.mul_(grads[0]))  # type: ignore[attr-defined]
         assert computed.hidden is not None
         # In fp32: the factor (loss scale over target tokens) must not be rounded to the gradient's dtype by itself.
-        return (computed.hidden.float() * grads[0]).to(computed.hidden.dtype), None, None
+        of_hidden = (computed.hidden.float() * grads[0]).to(computed.hidden.dtype)
+        return of_hidden, None if computed.added is None else computed.added * grads[0], None, None
 
 
 def head_loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,4 +150,5 @@ def head_loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor, smoothing:
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     computed = head(hidden.detach(), labels, smoothing, wanted)
-    return (_Attach.apply(hidden, computed, head.collect) if wanted else computed.loss), computed.nll
+    rows = head.added[1] if head.added else None
+    return (_Attach.apply(hidden, rows, computed, head.collect) if wanted else computed.loss), computed.nll

@@ -23,12 +23,13 @@ class Tokens:
 
     Args:
         folder: the base's local folder.
+        added: tokens beside its own.
 
     Raises:
-        JobError: the folder has no tokenizer.
+        JobError: the folder has no tokenizer, or it has one of the added tokens already.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, added: tuple[str, ...] = ()) -> None:
         # transformers makes up an empty tokenizer for a folder that has none.
         if not any((folder / name).is_file() for name in _FILES):
             raise JobError(f"{folder}: no tokenizer is here ({', '.join(_FILES)}). Add the files of the base's own.")
@@ -37,7 +38,12 @@ class Tokens:
         except Exception as error:  # whatever a damaged file sets off: the libraries' failures have no common type
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JobError(f"{folder}: no tokenizer can be loaded from here ({reason}). Fetch its files again.") from None
-        self.folder = folder
+        self.folder, self._added = folder, added
+        known = self.tokenizer.get_vocab() if added else {}
+        if again := next((token for place, token in enumerate(added) if token in known or token in added[:place]), None):
+            raise JobError(f'base.added_tokens: "{again}" is a token already. Leave it out.', everywhere=True)
+        self.tokenizer.add_tokens(list(added))
+        self.added_ids: tuple[int, ...] = tuple(self.tokenizer.convert_tokens_to_ids(list(added)))
         special = self.tokenizer("")["input_ids"]
         self.lead: list[int] = [i for i in special[:1] if i == self.tokenizer.bos_token_id and i != self.tokenizer.eos_token_id]
         """What every text begins with: the tokenizer's start token, or nothing."""
@@ -83,7 +89,7 @@ class Tokens:
     def digest(self) -> str:
         """Of all that decides which ids a text becomes."""
         files = [(name, sha256_of(self.folder / name)) for name in (*_FILES, *_MORE_FILES) if (self.folder / name).is_file()]
-        about = (type(self.tokenizer).__name__, transformers.__version__, tokenizers.__version__, files)
+        about = (type(self.tokenizer).__name__, transformers.__version__, tokenizers.__version__, files, self._added)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def ids(self, texts: list[str]) -> list[list[int]]:

@@ -50,6 +50,17 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Added:
+    """Tokens that the base did not know."""
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    """Ascending."""
+    rows: dict[str, tuple[str, ...]]
+    """Name of the stored rows -> tensors of the base's checkpoint that they belong to."""
+
+
+@dataclass(frozen=True)
 class Head:
     """What a delta puts in place of the vocabulary projection."""
 
@@ -85,6 +96,7 @@ class Manifest:
     methods: tuple[dict[str, Any], ...] = ()
     """As the job's sections have them."""
     replaced: tuple[Replaced, ...] = ()
+    added: Added | None = None
     other: tuple[str, ...] = ()
     """Names of tensors that are neither LoRA's, nor a head's, nor the base's: adapters, special tokens. They do not merge."""
     schema_version: int = SCHEMA_VERSION
@@ -135,6 +147,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         fields["modules"] = tuple(Module(**module) for module in fields["modules"])
         fields["replaced"] = tuple(Replaced(one["name"], tuple(one["tensors"])) for one in fields.get("replaced", ()))
+        if added := fields.get("added"):
+            rows = {name: tuple(tensors) for name, tensors in added["rows"].items()}
+            fields["added"] = Added(tuple(added["tokens"]), tuple(added["ids"]), rows)
         fields |= {key: tuple(fields.get(key, ())) for key in ("methods", "other")}
         if head := fields.get("head"):
             lists = {key: tuple(value) for key, value in head.items() if isinstance(value, list)}
@@ -162,6 +177,8 @@ class StoredDelta:
     replaced: dict[str, torch.Tensor]
     """The base's own, by their names in the model."""
     other: dict[str, torch.Tensor]
+    added: dict[str, torch.Tensor]
+    """Rows of added tokens [A, D]."""
 
 
 def read_delta(folder: Path) -> StoredDelta:
@@ -183,4 +200,6 @@ def read_delta(folder: Path) -> StoredDelta:
     pairs = {module.name: (stored(keys_of(module.name)[0]), stored(keys_of(module.name)[1])) for module in manifest.modules}
     head = {name: stored(head_key(name)) for name in (manifest.head.tensors if manifest.head else ())}
     replaced = {one.name: stored(one.name) for one in manifest.replaced}
-    return StoredDelta(manifest, pairs, head, replaced, {name: stored(name) for name in manifest.other})
+    other = {name: stored(name) for name in manifest.other}
+    added = {name: stored(name) for name in (manifest.added.rows if manifest.added else ())}
+    return StoredDelta(manifest, pairs, head, replaced, other, added)

@@ -29,6 +29,7 @@ DELIBERATE = {
     "train.classifier_dropout",
 }  # fmt: skip
 NEVER = {
+    "base.added_tokens",
     "methods[0].kind", "methods[0].targets", "methods[0].rank", "methods[0].alpha", "methods[0].scaling", "methods[0].init",
     "methods[0].start", "methods[0].layers", "methods[0].prefix_tokens", "methods[0].infix_tokens", "methods[0].placement",
     "methods[0].nonlinearity", "methods[0].train_layernorm", "methods[0].first_layer",

@@ -351,3 +351,12 @@ def test_a_delta_goes_through_its_files_and_merges_where_it_folds(family, name, 
         assert float(merged.loss(chosen)) == pytest.approx(loss, rel=2e-6)
     assert file_digests(sorted(folder.glob("*.safetensors"))) == before
     assert math.isfinite(loss)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "opt", "bert"])
+def test_special_tokens_begin_as_tokens_of_the_vocabulary(family, bases):
+    ours = plain(bases, family, "prefix_embed")
+    embedding = ours.base.model.get_submodule(ours.base.family.body).get_input_embeddings()
+    known = embedding(torch.arange(embedding.weight.shape[0]))
+    for row in ours.delta.prefix.rows["prefix.embeddings"]:
+        assert (known == row).all(-1).any()

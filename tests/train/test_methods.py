@@ -137,3 +137,17 @@ def test_a_start_that_does_not_fit_is_refused(gpt2_base, llama_base, ranks1, tmp
 def test_biases_that_are_not_there_are_refused(llama_base, ranks1, tmp_path):
     with pytest.raises(RankError, match="this llama has no bias vectors"):
         ranks1.run(train_here, str(job_of(tmp_path, llama_base, "bitfit")), str(tmp_path / "run"), ("train.steps=1",))
+
+
+def test_lora_begins_with_the_same_update_whatever_its_own_alpha(gpt2_base, ranks1, tmp_path):
+    first = job_of(tmp_path / "before", gpt2_base, "lora+pl")
+    text = first.read_text()
+    first.write_text(text.replace(METHODS["lora+pl"], LORA))
+    trained(ranks1, first, tmp_path / "first", "train.steps=5")
+    for alpha in (12, 3):
+        job = job_of(tmp_path / f"after{alpha}", gpt2_base, "lora+pl")
+        job.write_text(text.replace(METHODS["lora+pl"], LORA.replace("12", str(alpha)) + f'start = "{tmp_path / "first"}"\n'))
+        trained(ranks1, job, tmp_path / str(alpha), "train.steps=1", "train.learning_rate=1e-12")
+    one, other = read_run(tmp_path / "12"), read_run(tmp_path / "3")
+    assert one.losses[0] == pytest.approx(other.losses[0], rel=1e-6)
+    assert one.losses[0] < read_run(tmp_path / "first").losses[0]
