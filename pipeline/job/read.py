@@ -51,7 +51,8 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), lenient: bool = False)
     Args:
         path: the TOML file.
         overrides: `--set` texts such as "train.steps=20"; the value is read as TOML, or as text where that fails.
-        lenient: keys that have no place in the memory configuration are let be (for the plan, which tells what they cost).
+        lenient: for the plan. Keys that have no place in the memory configuration are let be, since it tells what they cost; data and a
+            delta to begin from need not be there yet.
 
     Raises:
         JobError: naming file, key, value and repair.
@@ -229,11 +230,11 @@ def _resolve(job: Job, path: Path, lenient: bool) -> Job:
         )
     task = job.task
     if isinstance(task, Mix):
-        sources = tuple(_located(source, path, f"task.sources[{place}]") for place, source in enumerate(task.sources))
+        sources = tuple(_located(source, path, f"task.sources[{place}]", lenient) for place, source in enumerate(task.sources))
         task = task.model_copy(update={"sources": sources})
     else:
-        task = _located(task, path, "task")
-    methods = tuple(_begun(method, path, place) for place, method in enumerate(job.methods))
+        task = _located(task, path, "task", lenient)
+    methods = tuple(_begun(method, path, place, lenient) for place, method in enumerate(job.methods))
     if job.memory.config == AUTO:
         return job.model_copy(update={"base": base, "task": task, "methods": methods})
     try:
@@ -251,10 +252,10 @@ def _resolve(job: Job, path: Path, lenient: bool) -> Job:
     return job.model_copy(update={"base": base, "task": task, "memory": memory, "methods": methods})
 
 
-def _begun(method: Method, path: Path, place: int) -> Method:
+def _begun(method: Method, path: Path, place: int, lenient: bool) -> Method:
     if method.start is None:
         return method
-    if not Path(method.start).is_dir():
+    if not Path(method.start).is_dir() and not lenient:
         raise JobError(
             f'{path}: methods[{place}].start = "{method.start}": no such folder ({Path(method.start).absolute()}). Train '
             "the run that it names first, or name another run or delta; the path is relative to the folder you run the command in."
@@ -262,12 +263,12 @@ def _begun(method: Method, path: Path, place: int) -> Method:
     return method.model_copy(update={"start": str(Path(method.start).resolve())})
 
 
-def _located(task: SingleTask, path: Path, section: str) -> SingleTask:
+def _located(task: SingleTask, path: Path, section: str, lenient: bool) -> SingleTask:
     for key in ("data", "valid", "test"):
         value = getattr(task, key, None)
         if value is None:
             continue
-        if not Path(value).exists():
+        if not Path(value).exists() and not lenient:
             raise JobError(
                 f'{path}: {section}.{key} = "{value}": no such file or folder ({Path(value).absolute()}). '
                 "Correct the path; it is relative to the folder you run the command in."

@@ -385,3 +385,11 @@ kind = "{kind}"
 def test_methods_that_cannot_be_are_refused(kind, keys, told):
     text = SHORT.replace('[[methods]]\nkind = "lora"\n', METHODS.format(kind=kind, keys=keys))
     assert told in refused(text)
+
+
+def test_a_plan_needs_neither_data_nor_a_delta_to_begin_from(tmp_path):
+    text = SHORT.replace("train.jsonl", "not/there.jsonl").replace('kind = "lora"', 'kind = "lora"\nstart = "runs/none"')
+    file = write_job(tmp_path, text)
+    assert read_job(file, lenient=True).methods[0].start == str(Path("runs/none").resolve())
+    with pytest.raises(JobError, match="no such file or folder"):
+        read_job(file)
