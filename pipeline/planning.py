@@ -47,7 +47,8 @@ def make_plan(
         price: of a GPU hour. None: the settings'.
 
     Raises:
-        JobError: an unknown architecture, GPU or target; more nodes than GPUs; bf16 on a V100; examples longer than a micro-batch.
+        JobError: an unknown GPU or target; more nodes than GPUs; bf16 on a V100; an encoder for a task of text; examples longer than
+            a micro-batch; a base without the keys that make a shape.
     """
     row = gpu_of(gpu).shared_by(-(-(ranks or 1) // (nodes or 1)))
     if job.base.dtype == "bf16" and not row.bf16:
@@ -60,6 +61,11 @@ def make_plan(
     auto, config = job.memory.config == AUTO, Path(job.memory.config)
     shape, zero = read_shape(folder), None if auto else deepspeed_config(config, job.memory.nvme_path, lenient=True)
     written = None if auto else json.loads(config.read_text(encoding="utf-8"))
+    if shape.head is None and labels == ():
+        raise JobError(
+            f"base.model: {shape.family} is an encoder, which generates no text. Use a decoder, or give it a task with labels: "
+            '"glue", "classification", "regression".'
+        )
     asked = setting(job, zero, shape, row, ranks or 1, nodes, 1 if labels is None else len(labels), example_tokens)
     if asked.example_tokens > asked.micro_batch_tokens:
         raise JobError(

@@ -37,7 +37,7 @@ def deberta(config: dict[str, Any], where: str) -> Shape:
         buckets = config.get("position_buckets", -1)
         span = buckets if buckets > 0 else most if most > 0 else context
     out = linear("attention.output.dense", width, width, True, ("o",), 3)
-    out = disentangled(out, width, heads, span, len({"c2p", "p2c"} & set(kinds)) if relative else 0)
+    out = disentangled(out, width, heads, span, len({"c2p", "p2c"} & set(kinds)) if relative else 0, bool(shared))
     names = [f"attention.self.{name}_proj" for name in ("query", "key", "value")]
     layer = list(_layer(config, where, tuple(names), out))
     if relative and not shared:

@@ -79,10 +79,15 @@ def scores(part: Part, heads: int, head_width: int) -> Part:
     return replace(part, keeps=keeps, forward=(_moment(fp32=heads, of="pair"),), alone=(alone,), backward=(backward,))
 
 
-def disentangled(part: Part, width: int, heads: int, span: int, kinds: int) -> Part:
-    """As `attends`, for DeBERTa: scores of every pair by content, and by `kinds` ways of relative position, up to `span` apart."""
+def disentangled(part: Part, width: int, heads: int, span: int, kinds: int, shared: bool) -> Part:
+    """As `attends`, for DeBERTa: scores of every pair by content, and by `kinds` ways of relative position, up to `span` apart.
+
+    Args:
+        shared: positions go through the projections of tokens, which may be trained, so the gradient needs the keys as they were too.
+    """
+    tensors = 4 if shared else 3
     keeps = (
-        Kept("queries, keys, values, and scaled keys", "4 P H Dh e", 4 * width, of="padded"),
+        Kept("queries, scaled keys, values, keys", f"{tensors} P H Dh e", tensors * width, of="padded"),
         Kept("softmax of scores", "S H e", heads, of="pair"),
         Kept("the mask", "S", bytes=1, of="pair"),
         Kept("indices of relative positions", "8 L^2 each way", bytes=8 * kinds, of="square"),

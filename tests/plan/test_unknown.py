@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     GPTJConfig,
     MixtralConfig,
@@ -62,6 +63,13 @@ def test_a_mixture_is_planned_and_what_is_a_guess_is_said(tmp_path, gpt2_base):
     # q and v, rank 3: q as wide as the base, v of half its heads.
     assert plan["trained_parameters"] == 2 * 3 * (64 + 64 + 64 + 32)
     assert make_plan(read_job(write_job(tmp_path, gpt2_base), ()), "a100-80g", 4, None, None)["notes"] == []
+
+
+def test_an_encoder_is_planned_for_labels_only(tmp_path):
+    base = tmp_path / "bert"
+    BertConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4).save_pretrained(base)
+    with pytest.raises(JobError, match="bert is an encoder, which generates no text"):
+        make_plan(read_job(write_job(tmp_path, base), ()), "a100-80g", 1, None, None)
 
 
 def test_an_index_of_the_weights_is_believed(tmp_path):
