@@ -99,23 +99,26 @@ def activations(
     # Tokens, positions, keys and layout; what the layers share.
     common = 48 * batch.tokens + total(shape.shared)
     # A head for labels reads some tokens only.
-    outer = [part.inputs for part in shape.end if adapted.end.matrix(part)]
-    end = sum(total(part.keeps) for part in shape.end) + (batch.examples if labels else batch.tokens) * sum(outer) * e
+    read = batch.examples if labels else batch.tokens
+    end = sum(total(part.keeps) + (total(part.trained) if adapted.end.own(part) else 0) for part in shape.end)
+    end += sum(read * part.inputs * e for part in shape.end if adapted.end.matrix(part))
     # The label positions' gradient that the loss already knows, and that of a trained head (pipeline/model/head.py).
     known = 0 if labels else batch.label_tokens * shape.outer_width * e
     head = shape.head.sizes[0] if shape.head and adapted.end.weights and not labels else 0
-    # What stands behind the embedding that is trained, or replaced.
-    front = sum(total(part.keeps) for part in shape.embeddings if part.sizes) if adapted.embeddings.any else 0
-    front += sum(batch.tokens * part.inputs * e for part in shape.embeddings if adapted.embeddings.matrix(part))
-    kept = sum(held(layer).kept * count for layer, count in kinds.items()) + front + common + end + known + head * _FP32
+    outside = common + end + known + head * _FP32
+    # What stands behind the embedding: where it is trained itself, or reads what is.
+    maps = sum(batch.tokens * part.inputs * e for part in shape.embeddings if adapted.embeddings.matrix(part))
+    behind = sum(total(part.keeps) for part in shape.embeddings if checkpointing or part.sizes) + maps
+    kept = sum(held(layer).kept * count for layer, count in kinds.items()) + outside
+    kept += behind if adapted.embeddings.any else 0
     if checkpointing:
-        # Each layer's input; where something is added to the embedding's output, that too, which was made a leaf.
-        behind = sum(total(part.keeps) for part in shape.embeddings)
+        # Each layer's input, and what hooks on layers do, which stands outside of what is recomputed. The embedding's output was made a
+        # leaf, so it is kept too where something is added to it.
+        hooked = sum(held(layer).behind_kept * count for layer, count in kinds.items())
+        added = any(part.sizes for part in shape.embeddings if part != shape.table) or adapted.layers[0].special_tokens
         frozen = not (adapted.embeddings.weights or adapted.embeddings.special_tokens)
-        leaf = batch.tokens * shape.outer_width * e if frozen and any(part.sizes for part in shape.embeddings if part != shape.table) else 0
-        # What hooks on the layers do stands outside of what is recomputed.
-        outside = sum(held(layer).behind_kept * count for layer, count in kinds.items())
-        kept = shape.layers * hidden + outside + leaf + behind + common + end + known + head * _FP32
+        leaf = batch.tokens * shape.outer_width * e if frozen and added else 0
+        kept = shape.layers * hidden + hooked + leaf + behind + outside
     worst = kept - known + max((total(part.backward) for part in shape.end), default=0)
     if head:
         worst = max(worst, kept + _collected(head, _FP32, sharers))
@@ -131,7 +134,6 @@ def activations(
         worst = max(worst, now + max(total(part.backward), own.moment(sharers)))
         now -= own.kept
     if adapted.embeddings.weights:
-        behind = sum(total(part.keeps) for part in shape.embeddings) if checkpointing else 0
         most = max(size for part in shape.embeddings for size in part.matrices())
         worst = max(worst, common + behind + 2 * hidden + _collected(most, e, sharers) + most * e)
     # The forward pass's last layer; where nothing is kept, any.

@@ -48,7 +48,8 @@ def counted(shape: Shape, *methods: Method) -> Trained:
     places += [(part, layer) for layer in found.layers for part in shape.layer]
     if shape.head and not shape.tied:
         places.append((shape.head, found.end))
-    vectors, matrices = 0, []
+    vectors = 0
+    matrices: list[int] = []
     for part, adapted in places:
         own = _own(part, adapted)
         of_matrix = part.matrices() if own == part.sizes else ()
