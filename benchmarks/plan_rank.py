@@ -156,7 +156,7 @@ def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
         **{name: found.parts[name] for name in ("base_shard", "delta", "gradients", "optimizer")},
         "kept": found.activations.kept,
         "gathered": found.parts["gathered"],
-        "gathered_elements": found.gathered.fetched * case["micro_batches"],
+        "gathered_elements": found.gathered.in_step(case["micro_batches"]),
         "forward": found.allocated["forward"],
         "step": max(found.allocated["forward"], found.allocated["backward"]),
         "save": found.allocated["save"],

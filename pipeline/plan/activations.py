@@ -91,11 +91,9 @@ def activations(
     def total(kept: tuple[Kept, ...]) -> int:
         return sum(batch.bytes(each, e, shape.window) for each in kept)
 
-    def held(adapted: Adapted) -> _Layer:
-        return _layer(shape, adapted, batch, e, dropout, total, checkpointing)
-
     kinds = Counter(adapted.layers)
-    top = held(adapted.layers[-1])
+    layers = {kind: _layer(shape, kind, batch, e, dropout, total, checkpointing) for kind in kinds}
+    top = layers[adapted.layers[-1]]
     # Tokens, positions, keys and layout; what the layers share.
     common = 48 * batch.tokens + total(shape.shared)
     # A head for labels reads some tokens only.
@@ -109,12 +107,12 @@ def activations(
     # What stands behind the embedding: where it is trained itself, or reads what is.
     maps = sum(batch.tokens * part.inputs * e for part in shape.embeddings if adapted.embeddings.matrix(part))
     behind = sum(total(part.keeps) for part in shape.embeddings if checkpointing or part.sizes) + maps
-    kept = sum(held(layer).kept * count for layer, count in kinds.items()) + outside
+    kept = sum(layers[kind].kept * count for kind, count in kinds.items()) + outside
     kept += behind if adapted.embeddings.any else 0
     if checkpointing:
         # Each layer's input, and what hooks on layers do, which stands outside of what is recomputed. The embedding's output was made a
         # leaf, so it is kept too where something is added to it.
-        hooked = sum(held(layer).behind_kept * count for layer, count in kinds.items())
+        hooked = sum(layers[kind].behind_kept * count for kind, count in kinds.items())
         added = any(part.sizes for part in shape.embeddings if part != shape.table) or adapted.layers[0].special_tokens
         frozen = not (adapted.embeddings.weights or adapted.embeddings.special_tokens)
         leaf = batch.tokens * shape.outer_width * e if frozen and added else 0

@@ -59,6 +59,12 @@ class Gathered:
     """What stays gathered from step to step: parameters below the persistence threshold."""
     fetched: int
     """Of whole parameters: how much is put together on each rank."""
+    changed: int = 0
+    """Of that, small matrices that the step before has changed: they stay gathered behind the first micro-batch."""
+
+    def in_step(self, micro_batches: int) -> int:
+        """Fetched by so many."""
+        return self.fetched * micro_batches - self.changed * (micro_batches - 1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
         labels: a task's own head takes the place of the vocabulary projection.
     """
     sizes, visits, stale = _trace(shape, adapted, checkpointing, labels)
-    between = sum(size for p, size in enumerate(sizes) if size <= prefetch.persistence and p not in stale)
+    small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
+    changed = sum(size for p, size in small.items() if p in stale)
+    between = sum(small.values()) - changed
     # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
     first = _Follower(sizes, visits, prefetch, ranks, stale)
     first.run()
@@ -86,7 +94,7 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
     follower.run()
     most = follower.most
     forward = max(most["start"], most["layers"], most["head"])
-    return Gathered(forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched)
+    return Gathered(forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched, changed)
 
 
 def _trace(

@@ -289,9 +289,11 @@ def beside(asked: Setting) -> Beside:
     if asked.keeps_best:
         state += delta
     held, mapped = (asked.shard_bytes if asked.stage == 3 and asked.offload == place else 0 for place in ("cpu", "nvme"))
-    # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before.
+    # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before; a matrix
+    # is put together beside them.
+    joined = max(asked.sharded_matrices, default=0) * _FP32
     process = asked.gpu.context_bytes if asked.gpu.name == "cpu" else _PROCESS_BYTES
-    host = local * (process + held) + 2 * state
+    host = local * (process + held) + 2 * state + joined
     # A state is written before the oldest goes.
     deltas = delta * (2 if asked.keeps_best else 1)
     return Beside(host, local * mapped, (asked.keep_states + 1) * state + deltas, asked.base_bytes, delta, state)

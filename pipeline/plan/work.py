@@ -39,16 +39,16 @@ def work(asked: Setting, found: Memory) -> Work:
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
-    one = found.gathered.fetched * asked.element_bytes
-    gathered = one * (sharers - 1) // sharers * asked.micro_batches
+    fetched = found.gathered.in_step(asked.micro_batches) * asked.element_bytes
+    gathered = fetched * (sharers - 1) // sharers
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
     spanned = 1 if asked.local_ranks % sharers == 0 else max(2, -(-sharers // asked.local_ranks))
-    between = one * (spanned - 1) // spanned * asked.micro_batches
+    between = fetched * (spanned - 1) // spanned
     runs = sum(asked.sharded_matrices)
     whole, scattered = (asked.trained - runs + 2) * 4, runs * 4 * asked.micro_batches
     seconds = gathered / gpu.peers_bytes_s + between / gpu.node_bytes_s
     if asked.offload:
-        own = one // sharers * asked.micro_batches
+        own = fetched // sharers
         seconds += own / gpu.host_bytes_s
         seconds += own * asked.local_ranks / gpu.disk_bytes_s if asked.offload == "nvme" else 0
     slowest = gpu.node_bytes_s if nodes > 1 else gpu.peers_bytes_s
