@@ -123,7 +123,9 @@ def _case(folder: Path, base: str, tokens: list[int], ranks: int, *changes: str,
 
 def _short(change: str) -> str:
     key, value = change.split("=", 1)
-    return {"dtype": value, "config": value, "kind": value, "placement": value, "gradient_checkpointing": "recomputed"}.get(key.split(".")[-1], change.split(".")[-1])
+    return {"dtype": value, "config": value, "kind": value, "placement": value, "gradient_checkpointing": "recomputed"}.get(
+        key.split(".")[-1], change.split(".")[-1]
+    )
 
 
 def _grid(folder: Path) -> list[dict[str, Any]]:

@@ -31,9 +31,9 @@ from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.model.zero3 import shard_bytes
-from pipeline.plan.activations import MicroBatch as Batch
 from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import gpu_of
+from pipeline.plan.layers import MicroBatch as Batch
 from pipeline.plan.memory import memory, setting
 from pipeline.tasks.batch import MicroBatch, collate
 from pipeline.tasks.example import Sequence

@@ -54,6 +54,8 @@ class Adapted:
     """All parameters of the base."""
     biases: bool = False
     norms: bool = False
+    added_tokens: int = 0
+    """That the base did not know, with rows of their own."""
     reached: bool = False
     """Something trained comes before it."""
 
@@ -74,8 +76,13 @@ class Adapted:
         return self.weights and bool(part.sizes) and part.inputs > 0
 
     @property
+    def replaces(self) -> bool:
+        """Hidden states at the places of some tokens."""
+        return bool(self.special_tokens or self.added_tokens)
+
+    @property
     def any(self) -> bool:
-        return bool(self.branches or self.bottlenecks or self.special_tokens or self.weights or self.biases or self.norms)
+        return bool(self.branches or self.bottlenecks or self.replaces or self.weights or self.biases or self.norms)
 
     def precedes(self, part: Part, shape: Shape) -> bool:
         """Something trained comes before a part of this layer."""
@@ -104,10 +111,14 @@ class Everywhere:
     """Behind the layers, the head included."""
 
 
-def adapt(shape: Shape, *methods: Method) -> Everywhere:
-    """Raises:
-    JobError: a LoRA target that the base does not have."""
-    layers, outside = [Adapted()] * shape.layers, Adapted()
+def adapt(shape: Shape, *methods: Method, added_tokens: int = 0) -> Everywhere:
+    """Args:
+        added_tokens: that the base did not know.
+
+    Raises:
+        JobError: a LoRA target that the base does not have.
+    """
+    layers, outside = [Adapted()] * shape.layers, Adapted(added_tokens=added_tokens)
     for place, method in enumerate(methods):
         match method:
             case Lora():

@@ -130,12 +130,13 @@ def changes(asked: Setting) -> list[Change]:
             tried.append(("gather a layer ahead only", keys, replace(asked, prefetch=lean), "gathers the base once more in a micro-batch"))
         if not asked.offload:
             stays = "; masters, gradients and moments stay" if asked.sharded_matrices else ""
+            node = beside(replace(asked, offload="cpu")).host_per_node / GIB
             tried.append(
                 (
                     "shards in main memory",
                     {"offload_param.device": "cpu"},
                     replace(asked, offload="cpu"),
-                    f"{beside(replace(asked, offload='cpu')).host_per_node / GIB:,.0f} GiB of main memory a node, and the link to it{stays}",
+                    f"{node:,.0f} GiB of main memory a node, and the link to it{stays}",
                 )
             )
             tried.append(

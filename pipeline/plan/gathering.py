@@ -94,12 +94,12 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
     follower.run()
     most = follower.most
     forward = max(most["start"], most["layers"], most["head"])
-    return Gathered(forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched, changed)
+    return Gathered(
+        forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched, changed
+    )
 
 
-def _trace(
-    shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool
-) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
+def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
     """Sizes of all parameters; the visits of modules, in the order of a micro-batch; and the matrices that a step changes."""
     sizes: list[int] = []
     stale: set[int] = set()
@@ -147,11 +147,11 @@ def _trace(
         # What stands between the token embedding and the layers has a gradient too.
         for part, each in reversed(pairs[table + 1 :]):
             if part.inputs or part.keeps or outside.own(part):
-                behind = checkpointing or bool(outside.weights or outside.special_tokens)
+                behind = checkpointing or bool(outside.weights or outside.replaces)
                 visits.append(_Visit(each, "backward", -1, leaves=behind and (part.inputs > 0 or bool(part.keeps))))
         # Where its output has a gradient, a hook gathers it for a backward pass that does not need it; frozen, checkpointing makes it a
         # leaf that has one (pipeline/model/build.py).
-        if checkpointing or outside.weights or outside.special_tokens:
+        if checkpointing or outside.weights or outside.replaces:
             visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
     return tuple(sizes), visits, frozenset(stale)
 

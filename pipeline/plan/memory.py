@@ -9,11 +9,12 @@ from typing import Any
 from pipeline.job.method import PrefixEmbed, PrefixLayer, trains_matrices
 from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
+from pipeline.plan.activations import Activations, activations
 from pipeline.plan.adapted import Everywhere, adapt
-from pipeline.plan.activations import Activations, MicroBatch, activations
 from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.plan.hardware import Gpu
+from pipeline.plan.layers import MicroBatch
 from pipeline.plan.shapes import Shape, shard
 from pipeline.plan.trained import Trained, counted
 
@@ -132,13 +133,14 @@ def setting(
     """
     train, auto = job.train, zero is None
     zero = zero or {"zero_optimization": {"stage": 3}}
+    added = len(job.base.added_tokens)
     # Special tokens stand in the examples, beside their own (pipeline/tasks/specials.py).
     special = sum(method.prefix_tokens + method.infix_tokens for method in job.methods if isinstance(method, PrefixEmbed | PrefixLayer))
     longest = min(train.max_tokens or shape.context, shape.context - special)
     return Setting(
         shape=shape,
-        adapted=adapt(shape, *job.methods),
-        counts=counted(shape, *job.methods),
+        adapted=adapt(shape, *job.methods, added_tokens=added),
+        counts=counted(shape, *job.methods, added_tokens=added),
         head_outputs=head_outputs,
         dtype=job.base.dtype,
         gpu=gpu,

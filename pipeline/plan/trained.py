@@ -32,17 +32,21 @@ class Trained:
         return self.whole + sum(-(-size // sharers) for size in self.matrices)
 
 
-def counted(shape: Shape, *methods: Method) -> Trained:
+def counted(shape: Shape, *methods: Method, added_tokens: int = 0) -> Trained:
     """What these methods train together: what they add, and the base's own parameters, each once.
+
+    Args:
+        added_tokens: that the base did not know, with embeddings and rows of the vocabulary projection of their own.
 
     Raises:
         JobError: a target, a layer or biases that the base does not have; in the words of pipeline/methods.
     """
     for place, method in enumerate(methods):
         _refuse(shape, method, f"methods[{place}]")
-    found = adapt(shape, *methods)
+    found = adapt(shape, *methods, added_tokens=added_tokens)
     # OPT 350m's embeddings are narrower than its layers.
-    added = found.embeddings.special_tokens * (shape.table.sizes[0] // shape.vocabulary)
+    row = shape.table.sizes[0] // shape.vocabulary
+    added = row * (found.embeddings.special_tokens + added_tokens * (2 if shape.head and not shape.tied else 1))
     added += sum(layer.layer_parameters(shape) + layer.special_tokens * shape.width for layer in found.layers)
     places = [(part, found.embeddings) for part in shape.embeddings] + [(part, found.end) for part in shape.end]
     places += [(part, layer) for layer in found.layers for part in shape.layer]

@@ -59,7 +59,9 @@ def work(asked: Setting, found: Memory) -> Work:
     compute = tokens * per_token / busy / rate
     hide = seconds / asked.micro_batches * rate / per_token
     flops = tokens * per_token
-    return Work(flops, per_token, gathered, between, whole + scattered, compute, seconds + reduce_s, max(compute, seconds) + reduce_s, round(hide))
+    return Work(
+        flops, per_token, gathered, between, whole + scattered, compute, seconds + reduce_s, max(compute, seconds) + reduce_s, round(hide)
+    )
 
 
 def _flops_per_token(asked: Setting) -> float:
