@@ -118,7 +118,7 @@ def held_by(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: 
         terms += [Term("adapter", "2 N D e, N R e", adapter)]
     branches = _branches(shape, adapted, n, e)
     # Two masks of the base's dropout.
-    drops = 2 * hidden if dropout else 0
+    drops = 2 * hidden if dropout and (reached or adapted.any) else 0
     # Indices of the places of special tokens, and what stands there.
     special = batch.examples * adapted.special_tokens * (24 + 2 * shape.width * e)
     terms += [
