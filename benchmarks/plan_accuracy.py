@@ -29,7 +29,7 @@ from pipeline.cluster.launch import rank_environment
 RANKS = multiprocessing.get_context("forkserver")
 """Ranks are forked from a process that has imported all they need."""
 EXACT = ("base_shard", "delta", "gradients", "optimizer")
-WITHIN = {"kept": 0.10, "step": 0.10}
+WITHIN = {"kept": 0.10, "step": 0.10, "save": 0.10}
 
 
 def measured(case: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def main() -> None:
             "gathered",
             "peak MB",
             "said / measured",
+            "save",
             "anonymous MB",
         ]
         lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *rows]]
@@ -108,6 +109,7 @@ def row(case: dict[str, Any], expected: dict[str, Any], found: dict[str, Any], w
         ratio("gathered"),
         peak,
         ratio("step"),
+        ratio("save"),
         f"{anonymous / 1e6:.0f}",
     ]
 

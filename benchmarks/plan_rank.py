@@ -31,12 +31,13 @@ from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.model.zero3 import shard_bytes
-from pipeline.plan.activations import MicroBatch as Batch
 from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import gpu_of
+from pipeline.plan.layers import MicroBatch as Batch
 from pipeline.plan.memory import memory, setting
 from pipeline.tasks.batch import MicroBatch, collate
 from pipeline.tasks.example import Sequence
+from pipeline.tasks.specials import Specials, specials_of
 from pipeline.train.engine import Engine, Ranks, join_ranks, leave_ranks
 from pipeline.train.step import Stepper
 
@@ -103,20 +104,21 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
         checkpointed(base.model, base.family)
     engine = Engine(root, zero)
     stepper = Stepper(engine, root, delta, job.train, ranks, fp16=job.base.dtype == "fp16")
-    tensors = delta.tensors().values()
+    tensors = stepper.optimizer.param_groups[0]["params"]
     state = [part for one in stepper.optimizer.state.values() for part in one.values()]
     report: dict[str, Any] = {
         "load": loading.total,
         "base_shard": shard_bytes(base.model),
         "delta": bytes_of(tensors),
-        "gradients": stepper._flat.numel() * 4,
+        "gradients": (stepper._flat.numel() + stepper._flat_runs.numel()) * 4,
         "optimizer": bytes_of(t for t in state if t.dim()),
     }
     fixed = sum(report[name] for name in ("base_shard", "delta", "gradients", "optimizer"))
     storages = Storages()
-    storages.know(iter([*tensors, *state, stepper._flat]))
+    storages.know(iter([*tensors, *state, stepper._flat, stepper._flat_runs]))
     storages.know(getattr(p, "ds_tensor", p.data) for p in base.model.parameters())
-    batches = [batch_of(case, number, base.family.packs, ranks) for number in range(case["micro_batches"])]
+    specials = specials_of(job.methods, config.vocab_size)
+    batches = [batch_of(case, number, base.family.packs, ranks, specials) for number in range(case["micro_batches"])]
     targets = sum(len(batch.labels) for batch in batches) * ranks.count
     with storages, watched_gathers(storages) as gathered, anonymous_peak(anonymous):
         for step in range(STEPS):
@@ -126,12 +128,15 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
             note = root.register_forward_hook(lambda *_: report.update(kept=storages.live["other"], forward=storages.total))
             stepper(step, batches, targets, 1e-4)
             note.remove()
+        took, storages.total = storages.total, sum(storages.live.values())
+        stepper.capture()
     report |= {
         # One rank has it all.
         "gathered_elements": gathered[0] if ranks.count > 1 else 0,
         "gathered": storages.most["gathered"],
         "forward": report["forward"] + fixed,
-        "step": storages.total + fixed,
+        "step": took + fixed,
+        "save": storages.total + fixed,
         "anonymous": anonymous,
     }
     return report
@@ -151,9 +156,10 @@ def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
         **{name: found.parts[name] for name in ("base_shard", "delta", "gradients", "optimizer")},
         "kept": found.activations.kept,
         "gathered": found.parts["gathered"],
-        "gathered_elements": found.gathered.fetched * case["micro_batches"],
+        "gathered_elements": found.gathered.in_step(case["micro_batches"]),
         "forward": found.allocated["forward"],
         "step": max(found.allocated["forward"], found.allocated["backward"]),
+        "save": found.allocated["save"],
     }
 
 
@@ -196,15 +202,17 @@ def watched_gathers(storages: Storages) -> Iterator[list[int]]:
         setattr(PartitionedParameterCoordinator, _NAME, _GATHER)
 
 
-def batch_of(case: dict[str, Any], number: int, packed: bool, ranks: Ranks) -> MicroBatch:
-    """Examples of the case's lengths: with a label each, or the last tokens of the first of them learnt."""
+def batch_of(case: dict[str, Any], number: int, packed: bool, ranks: Ranks, specials: Specials | None) -> MicroBatch:
+    """Examples of the case's lengths, special tokens included: with a label each, or the last tokens of the first of them learnt."""
     sequences, left = [], 0 if case["outputs"] else case["label_tokens"]
     for length in case["tokens"]:
+        length -= len(specials or ())
         own = min(left, length - 1)
         left -= own
         tokens = tuple((7 * number + 3 * place + ranks.rank) % 100 for place in range(length))
         label = float(length % case["outputs"]) if case["outputs"] else None
-        sequences.append(Sequence(tokens, ((length - own, length),) if own else (), label=label))
+        sequence = Sequence(tokens, ((length - own, length),) if own else (), label=label)
+        sequences.append(specials.around(sequence) if specials else sequence)
     return collate(sequences, list(range(len(sequences))), packed, ranks.device)
 
 

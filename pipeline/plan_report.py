@@ -16,6 +16,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         f"{base['model']}: {base['parameters']:,} parameters, {plan['trained_parameters']:,} trained",
         [
             ("on", f"{asked['gpus']} x {asked['gpu']} on {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}, {asked['dtype']}"),
+            ("trains by", " + ".join(plan["methods"])),
             (verdict, f"{size_text(plan['peak_bytes'])} of {size_text(plan['capacity_bytes'])} a GPU"),
             ("micro-batch", f"{asked['micro_batch_tokens']:,} tokens; largest that fits: {_count(answers['largest_micro_batch_tokens'])}"),
             *_generation(plan),

@@ -89,6 +89,7 @@ def _plan(
     asked = choice.setting if choice else asked
     found, needs = memory(asked), beside(asked)
     done = work(asked, found)
+    only_lora = [method.kind for method in job.methods] == ["lora"]
     found_wanting = lint(asked, written) if written else []
     return {
         "schema_version": SCHEMA_VERSION,
@@ -98,6 +99,7 @@ def _plan(
             "parameters": asked.shape.parameters,
             "bytes": asked.base_bytes,
         },
+        "methods": [method.kind for method in job.methods],
         "notes": list(asked.shape.notes),
         "setting": {
             "gpu": asked.gpu.name,
@@ -148,7 +150,7 @@ def _plan(
             "findings": [asdict(finding) for finding in found_wanting],
             "mended": mended(written, found_wanting) if written and found_wanting else None,
         },
-        "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) else None,
+        "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) and only_lora else None,
         "arithmetic": _arithmetic(asked),
     }
 
@@ -181,8 +183,8 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
             f"modules in use and ahead, at least a {largest}; small ones always",
             found.parts["gathered"],
         ),
-        ("delta", f"{asked.trained:,} parameters x 4", found.parts["delta"]),
-        ("gradients", "the same, one flat buffer", found.parts["gradients"]),
+        ("delta", _counted(asked), found.parts["delta"]),
+        ("gradients", "the same", found.parts["gradients"]),
         ("optimizer", "two moments, the delta's size each", found.parts["optimizer"]),
     ]
     lines += [(f"a layer keeps: {term.what}", term.formula, term.bytes) for term in found.activations.terms]
@@ -190,9 +192,16 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
     lines += [
         ("kept for backward", f"{keeps} and the last norm, {asked.micro_batch_tokens} tokens", found.activations.kept),
         ("logits and loss", "2 fp32 runs of at most 2^25 logits, 3 where there are several", found.activations.logits),
-        ("backward at most", "kept, gradients of activations, what one layer recomputes", found.activations.backward),
+        ("backward at most", "kept, gradients of activations and of weights, what one layer recomputes", found.activations.backward),
     ]
     return [{"what": what, "formula": formula, "bytes": count} for what, formula, count in lines]
+
+
+def _counted(asked: Setting) -> str:
+    """How the delta's bytes come about: of a base's trained weights it is the fp32 master copy."""
+    matrices = sum(asked.sharded_matrices)
+    whole = f"{asked.trained - matrices:,} parameters x 4"
+    return f"{matrices:,} of sharded matrices x 4 / {asked.sharers}, {whole}" if matrices else whole
 
 
 def write_mended(plan: dict[str, Any], file: Path) -> None:

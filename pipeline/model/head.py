@@ -135,6 +135,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         computed: HeadLoss = ctx.computed  # type: ignore[attr-defined]
+        # The graph outlives this pass, and a weight's gradient is as large as the vocabulary.
+        ctx.computed = None  # type: ignore[attr-defined]
         if computed.weight is not None:
             ctx.collect(computed.weight.mul_(grads[0]))  # type: ignore[attr-defined]
         assert computed.hidden is not None

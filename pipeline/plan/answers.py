@@ -129,12 +129,14 @@ def changes(asked: Setting) -> list[Change]:
             keys |= {"stage3_max_reuse_distance": 0}
             tried.append(("gather a layer ahead only", keys, replace(asked, prefetch=lean), "gathers the base once more in a micro-batch"))
         if not asked.offload:
+            stays = "; masters, gradients and moments stay" if asked.sharded_matrices else ""
+            node = beside(replace(asked, offload="cpu")).host_per_node / GIB
             tried.append(
                 (
                     "shards in main memory",
                     {"offload_param.device": "cpu"},
                     replace(asked, offload="cpu"),
-                    f"{beside(replace(asked, offload='cpu')).host_per_node / GIB:,.0f} GiB of main memory a node, and the link to it",
+                    f"{node:,.0f} GiB of main memory a node, and the link to it{stays}",
                 )
             )
             tried.append(
@@ -142,7 +144,7 @@ def changes(asked: Setting) -> list[Change]:
                     "shards on disk",
                     {"offload_param.device": "nvme"},
                     replace(asked, offload="nvme"),
-                    f"{beside(replace(asked, offload='nvme')).nvme_per_node / GIB:,.0f} GiB of a disk of each node, and its rate",
+                    f"{beside(replace(asked, offload='nvme')).nvme_per_node / GIB:,.0f} GiB of a disk of each node, and its rate{stays}",
                 )
             )
     if asked.stage == 3:

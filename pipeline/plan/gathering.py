@@ -14,7 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.plan.shapes import Adapted, Part, Shape
+from pipeline.plan.adapted import Adapted, Everywhere
+from pipeline.plan.shapes import Part, Shape
 
 Pass = Literal["forward", "recompute", "backward", "release"]
 
@@ -58,6 +59,12 @@ class Gathered:
     """What stays gathered from step to step: parameters below the persistence threshold."""
     fetched: int
     """Of whole parameters: how much is put together on each rank."""
+    changed: int = 0
+    """Of that, small matrices that the step before has changed: they stay gathered behind the first micro-batch."""
+
+    def in_step(self, micro_batches: int) -> int:
+        """Fetched by so many."""
+        return self.fetched * micro_batches - self.changed * (micro_batches - 1)
 
 
 @dataclass(frozen=True)
@@ -69,39 +76,46 @@ class _Visit:
     """Backward: a post-backward hook fires, because the module's input has a gradient."""
 
 
-def gathered(shape: Shape, adapted: Adapted, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False) -> Gathered:
+def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False) -> Gathered:
     """Of one micro-batch in a step after the first two.
 
     Args:
         ranks: those that share one copy of the base. 1: it is copied from where it is, tensor by tensor.
         labels: a task's own head takes the place of the vocabulary projection.
     """
-    sizes, visits = _trace(shape, adapted, checkpointing, labels)
-    between = sum(size for size in sizes if size <= prefetch.persistence)
+    sizes, visits, stale = _trace(shape, adapted, checkpointing, labels)
+    small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
+    changed = sum(size for p, size in small.items() if p in stale)
+    between = sum(small.values()) - changed
     # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
-    first = _Follower(sizes, visits, prefetch, ranks)
+    first = _Follower(sizes, visits, prefetch, ranks, stale)
     first.run()
-    follower = _Follower(sizes, visits, prefetch, ranks, first.decisions)
+    follower = _Follower(sizes, visits, prefetch, ranks, stale, first.decisions)
     follower.run()
     most = follower.most
     forward = max(most["start"], most["layers"], most["head"])
-    return Gathered(forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched)
+    return Gathered(
+        forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched, changed
+    )
 
 
-def _trace(shape: Shape, adapted: Adapted, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit]]:
-    """Sizes of all parameters, and the visits of modules, in the order of a micro-batch."""
+def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
+    """Sizes of all parameters; the visits of modules, in the order of a micro-batch; and the matrices that a step changes."""
     sizes: list[int] = []
+    stale: set[int] = set()
 
-    def take(part: Part) -> tuple[int, ...]:
+    def take(part: Part, trained: Adapted) -> tuple[int, ...]:
         first = len(sizes)
         sizes.extend(part.sizes)
+        if trained.weights and part.matrices():
+            stale.add(first)
         return tuple(range(first, len(sizes)))
 
-    embeddings = [take(part) for part in shape.embeddings]
+    embeddings = [take(part, adapted.embeddings) for part in shape.embeddings]
     table = shape.embeddings.index(shape.table)
-    layers = [[take(part) for part in shape.layer] for _ in range(shape.layers)]
-    end = [take(part) for part in shape.end]
-    head = embeddings[table] if shape.tied else take(shape.head) if shape.head else ()
+    layers = [[take(part, trained) for part in shape.layer] for trained in adapted.layers]
+    end = [take(part, adapted.end) for part in shape.end]
+    head = embeddings[table] if shape.tied else take(shape.head, adapted.end) if shape.head else ()
     # The root and the body have no parameters of their own.
     visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
     for number, layer in enumerate(layers):
@@ -118,21 +132,28 @@ def _trace(shape: Shape, adapted: Adapted, checkpointing: bool, labels: bool) ->
             visits.append(_Visit((), "backward", number))
             visits += [_Visit(each, "recompute", number) for _, each in pairs[1:]]
             pairs = pairs[1:]
+        trained = adapted.layers[number]
         for part, each in _backward(pairs):
-            # In the first layer nothing before the first branch has a gradient, unless checkpointing gives the embeddings one.
-            inner = checkpointing or number > 0 or adapted.precedes(part, shape)
-            if inner or adapted.of(part):
+            # Nothing before the first of what is trained has a gradient, unless checkpointing gives the embeddings one.
+            inner = checkpointing or trained.precedes(part, shape)
+            if inner or trained.of(part) or trained.own(part) or trained.behind(part):
                 visits.append(_Visit(each, "backward", number, inner))
         if checkpointing:
             # What was recomputed belongs to the layer and leaves with it.
             visits.append(_Visit(tuple(p for each in layers[number] for p in each), "release", number))
-    if checkpointing:
+    outside = adapted.embeddings
+    pairs = list(zip(shape.embeddings, embeddings, strict=True))
+    if checkpointing or outside.any:
         # What stands between the token embedding and the layers has a gradient too.
-        behind = zip(shape.embeddings[table + 1 :], embeddings[table + 1 :], strict=True)
-        visits += [_Visit(each, "backward", -1) for part, each in reversed(list(behind)) if part.inputs or part.keeps]
-        # Its output is made a leaf with a gradient (pipeline/model/build.py), so a hook gathers it for a backward pass it does not have.
-        visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
-    return tuple(sizes), visits
+        for part, each in reversed(pairs[table + 1 :]):
+            if part.inputs or part.keeps or outside.own(part):
+                behind = checkpointing or bool(outside.weights or outside.replaces)
+                visits.append(_Visit(each, "backward", -1, leaves=behind and (part.inputs > 0 or bool(part.keeps))))
+        # Where its output has a gradient, a hook gathers it for a backward pass that does not need it; frozen, checkpointing makes it a
+        # leaf that has one (pipeline/model/build.py).
+        if checkpointing or outside.weights or outside.replaces:
+            visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
+    return tuple(sizes), visits, frozenset(stale)
 
 
 def _backward(pairs: list[tuple[Part, tuple[int, ...]]]) -> list[tuple[Part, tuple[int, ...]]]:
@@ -162,7 +183,13 @@ class _Follower:
     """One micro-batch; names as in DeepSpeed's coordinator."""
 
     def __init__(
-        self, sizes: tuple[int, ...], visits: list[_Visit], prefetch: Prefetch, ranks: int, decisions: list[set[int]] | None = None
+        self,
+        sizes: tuple[int, ...],
+        visits: list[_Visit],
+        prefetch: Prefetch,
+        ranks: int,
+        stale: frozenset[int],
+        decisions: list[set[int]] | None = None,
     ) -> None:
         self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
         self._order = [visit for visit in visits if visit.passes != "release"]
@@ -170,7 +197,8 @@ class _Follower:
         self._decided = iter(decisions) if decisions is not None else None
         self.decisions: list[set[int]] = []
         """What each release let go."""
-        self._available = set(self._persistent) if decisions is not None else set()
+        # What a step changed is gathered again, however small (pipeline/model/zero3.py).
+        self._available = self._persistent - stale if decisions is not None else set()
         self._inflight: dict[int, _Group] = {}
         self._live_elements = 0
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)

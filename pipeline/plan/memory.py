@@ -6,14 +6,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from pipeline.job.method import Lora, trains_matrices
+from pipeline.job.method import PrefixEmbed, PrefixLayer, trains_matrices
 from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
-from pipeline.plan.activations import Activations, MicroBatch, activations
+from pipeline.plan.activations import Activations, activations
+from pipeline.plan.adapted import Everywhere, adapt
 from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.plan.hardware import Gpu
-from pipeline.plan.shapes import Adapted, Shape, adapt, shard
+from pipeline.plan.layers import MicroBatch
+from pipeline.plan.shapes import Shape, shard
+from pipeline.plan.trained import Trained, counted
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
@@ -28,7 +31,9 @@ class Setting:
     """All that the plan depends on; a question is another setting."""
 
     shape: Shape
-    adapted: Adapted
+    adapted: Everywhere
+    counts: Trained
+    """By the methods."""
     head_outputs: int
     """Of a task's own head; 0: the vocabulary."""
     dtype: str
@@ -88,7 +93,17 @@ class Setting:
     @property
     def trained(self) -> int:
         """Trained elements."""
-        return self.shape.layers * self.adapted.layer_parameters(self.shape) + self.shape.head_parameters(self.head_outputs)
+        return self.counts.parameters + self.shape.head_parameters(self.head_outputs)
+
+    @property
+    def trained_on_rank(self) -> int:
+        """Of them, those that this rank holds."""
+        return self.counts.on_rank(self.sharers) + self.shape.head_parameters(self.head_outputs)
+
+    @property
+    def sharded_matrices(self) -> tuple[int, ...]:
+        """Trained matrices of the base, in elements, of which every rank has a run."""
+        return self.counts.matrices if self.stage == 3 else ()
 
     @property
     def base_bytes(self) -> int:
@@ -118,10 +133,14 @@ def setting(
     """
     train, auto = job.train, zero is None
     zero = zero or {"zero_optimization": {"stage": 3}}
-    longest = min(train.max_tokens or shape.context, shape.context)
+    added = len(job.base.added_tokens)
+    # Special tokens stand in the examples, beside their own (pipeline/tasks/specials.py).
+    special = sum(method.prefix_tokens + method.infix_tokens for method in job.methods if isinstance(method, PrefixEmbed | PrefixLayer))
+    longest = min(train.max_tokens or shape.context, shape.context - special)
     return Setting(
         shape=shape,
-        adapted=adapt(shape, next(method for method in job.methods if isinstance(method, Lora))),
+        adapted=adapt(shape, *job.methods, added_tokens=added),
+        counts=counted(shape, *job.methods, added_tokens=added),
         head_outputs=head_outputs,
         dtype=job.base.dtype,
         gpu=gpu,
@@ -135,7 +154,7 @@ def setting(
         dropout=train.dropout,
         decoding=job.evaluate,
         batch_examples=train.batch_examples,
-        example_tokens=example_tokens or longest,
+        example_tokens=(example_tokens or longest) + special,
         keep_states=train.keep_states,
         keeps_best=job.evaluate.best_metric is not None,
         steps=train.steps,
@@ -176,7 +195,8 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     """
     shape, e, gpu = asked.shape, asked.element_bytes, asked.gpu
     batch = batch or _full(asked)
-    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs))
+    sharers = asked.sharers if asked.stage == 3 else None
+    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs), sharers)
     if asked.head_outputs:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3
@@ -186,8 +206,8 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     # A CPU rank computes where shards in main memory are.
     away = sharded and (asked.offload == "nvme" or (asked.offload == "cpu" and gpu.name != "cpu"))
     on_device = 0 if away else base
-    delta = asked.trained * _FP32
-    # One flat buffer, two slots for the loss and the vote; two moments (pipeline/train/step.py).
+    delta = asked.trained_on_rank * _FP32
+    # A flat buffer of what is whole, two slots for the loss and the vote, another of the runs; two moments (pipeline/train/step.py).
     gradients, optimizer = delta + 2 * _FP32, 2 * delta
     resident = on_device + delta + gradients + optimizer
     kv_width = shape.kv_heads * shape.head_width
@@ -207,8 +227,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "backward": resident + max(acts.backward + found.backward * e, few + found.finish * e),
         # Fused AdamW works in place; the gathered small parameters stay.
         "step": resident + found.between * e,
-        # A flat copy of one kind at a time, on its way to main memory (Stepper.capture).
-        "save": resident + found.between * e + delta,
+        "save": resident + found.between * e + _captured(asked),
         # The prompts' pass, with nothing kept.
         "generate": resident + whole + cache + asked.decoding.batch_tokens * 4 * shape.ffn * e if cache else 0,
         # File to file, in main memory, a few blocks of a million elements (pipeline/deltas/merge.py).
@@ -224,12 +243,23 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "optimizer": optimizer,
         "activations": max(acts.kept + acts.forward, acts.backward),
         "logits_and_loss": acts.logits,
-        "communication_buffers": gradients,
+        "communication_buffers": (asked.trained - sum(asked.sharded_matrices) + 2) * _FP32,
         "generation_cache": cache,
         "margin": max(phases.values()) - max(used.values()) - gpu.context_bytes,
         "context": gpu.context_bytes,
     }
     return Memory(parts, used, phases, acts, found, once)
+
+
+def _captured(asked: Setting) -> int:
+    """Of the first rank's device, while it copies masters and moments to main memory (Stepper.capture)."""
+    matrices = asked.sharded_matrices
+    largest = max(matrices, default=0) * _FP32
+    if asked.gpu.name == "cpu":
+        # It is there already.
+        return 3 * asked.trained * _FP32 + largest
+    # A flat copy of one kind at a time, or a matrix from all ranks.
+    return max((asked.trained - sum(matrices)) * _FP32, largest)
 
 
 def _full(asked: Setting) -> MicroBatch:
@@ -261,9 +291,11 @@ def beside(asked: Setting) -> Beside:
     if asked.keeps_best:
         state += delta
     held, mapped = (asked.shard_bytes if asked.stage == 3 and asked.offload == place else 0 for place in ("cpu", "nvme"))
-    # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before.
+    # The first rank holds a copy of the state while it is written behind training (pipeline/train/saver.py), and the one before; a matrix
+    # is put together beside them.
+    joined = max(asked.sharded_matrices, default=0) * _FP32
     process = asked.gpu.context_bytes if asked.gpu.name == "cpu" else _PROCESS_BYTES
-    host = local * (process + held) + 2 * state
+    host = local * (process + held) + 2 * state + joined
     # A state is written before the oldest goes.
     deltas = delta * (2 if asked.keeps_best else 1)
     return Beside(host, local * mapped, (asked.keep_states + 1) * state + deltas, asked.base_bytes, delta, state)

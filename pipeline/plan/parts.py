@@ -34,13 +34,15 @@ def rms_norm(name: str, width: int, stage: int, heads: int = 1) -> Part:
     """Keeps an fp32 copy of its input. Args:
     heads: it normalises each of so many by itself."""
     kept = Kept(name, "N D 4, in fp32" if heads == 1 else "N H Dh 4, in fp32", 0, heads * (width + 1))
+    normed = Kept(f"{name}, before its weight", "N D e" if heads == 1 else "N H Dh e", heads * width)
     # Five fp32 tensors as large as its input.
-    return Part(name, (width,), stage=stage, keeps=(kept,), backward=(_moment(fp32=5 * heads * width),))
+    return Part(name, (width,), stage=stage, keeps=(kept,), backward=(_moment(fp32=5 * heads * width),), trained=(normed,))
 
 
 def scaled(part: Part) -> Part:
     """Gemma's norm, which multiplies in fp32: one tensor more in the forward pass."""
-    return replace(part, forward=(_moment(fp32=2 * sum(part.sizes)),))
+    trained = tuple(replace(kept, formula=kept.formula[:-1] + "4", elements=0, fp32=kept.elements) for kept in part.trained)
+    return replace(part, forward=(_moment(fp32=2 * sum(part.sizes)),), trained=trained)
 
 
 def attends(part: Part, heads: int, kv_heads: int, head_width: int, window_share: float = 0.0) -> Part:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from pipeline.job.errors import JobError
-from pipeline.job.method import Lora
-
 Counted = Literal["token", "padded", "pair", "square", "windowed", "windowed square", "example"]
 """A token, one as attention sees it, a pair of such, a pair of one example, padded tokens and such pairs where an example is longer than
 the window, an example."""
@@ -60,6 +57,18 @@ class Part:
     """For a moment of the backward pass, beside what it keeps."""
     input_kept: bool = False
     """By what made it."""
+    trained: tuple[Kept, ...] = ()
+    """Kept beside, of a norm whose weight is trained."""
+
+    @property
+    def has_bias(self) -> bool:
+        """A linear map and a norm have their weight first, and then a bias or nothing."""
+        return len(self.sizes) > 1
+
+    def matrices(self) -> tuple[int, ...]:
+        """Elements of its parameters that are no vectors."""
+        is_norm = not self.inputs and (self.sizes[1:] == self.sizes[:1] or bool(self.keeps and not self.has_bias))
+        return () if is_norm else self.sizes[:1]
 
     def reads(self, other: Part) -> bool:
         """What the other made, at one remove or more."""
@@ -146,6 +155,13 @@ class Shape:
         return max(self.sizes)
 
     @property
+    def post_norm(self) -> str | None:
+        """The norm of the sum of MLP and residual, of bases that norm there and not at a layer's beginning."""
+        if any(part.stage == 0 and part.keeps for part in self.layer):
+            return None
+        return next((part.name for part in reversed(self.layer) if part.stage == 8 and part.keeps), None)
+
+    @property
     def queries(self) -> str:
         """The part with the role q."""
         return next(part.name for part in self.layer if "q" in part.roles)
@@ -158,61 +174,6 @@ class Shape:
         """Trained elements of a task's own head."""
         width, bias = self.outer_width, int(self.label_head.bias)
         return (self.label_head.dense * width * (width + 1) + outputs * (width + bias)) if outputs else 0
-
-
-@dataclass(frozen=True)
-class Branch:
-    """B A beside some rows of one part: A [R, K], B [P, R]."""
-
-    part: str
-    rank: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What a method puts on each layer."""
-
-    branches: tuple[Branch, ...]
-    dropout: float
-
-    def of(self, part: Part) -> tuple[Branch, ...]:
-        return tuple(branch for branch in self.branches if branch.part == part.name)
-
-    def layer_parameters(self, shape: Shape) -> int:
-        """Trained elements of a layer."""
-        return sum(branch.rank * (part.inputs + branch.rows) for part in shape.layer for branch in self.of(part))
-
-    def precedes(self, part: Part, shape: Shape) -> bool:
-        """Something trained comes before a part of its own layer."""
-        return any(part.reads(other) for other in shape.layer if self.of(other))
-
-    @property
-    def layer_outputs(self) -> int:
-        """Elements of a layer's Bs."""
-        return sum(branch.rank * branch.rows for branch in self.branches)
-
-
-def adapt(shape: Shape, method: Lora) -> Adapted:
-    """A method's branches on each layer. Targets are roles, or module names as pipeline/methods/lora.py takes them.
-
-    Raises:
-        JobError: a target that the base does not have.
-    """
-    branches: list[Branch] = []
-    for target in method.targets:
-        found = [
-            Branch(part.name, method.rank_of(target), part.outputs // (len(part.roles) if target in part.roles else 1))
-            for part in shape.layer
-            if part.outputs and (target in part.roles or f".{part.name}".endswith(f".{target}"))
-        ]
-        if not found and shape.guessed:
-            # A map as wide as q.
-            found = [Branch(shape.queries, method.rank_of(target), shape.width)]
-        if not found:
-            raise JobError(f'methods[0].targets: "{target}" is not a target of this base. It has {", ".join(shape.roles)}.')
-        branches += found
-    return Adapted(tuple(branches), method.dropout)
 
 
 def shard(sizes: tuple[int, ...], ranks: int) -> int:

@@ -1,99 +1,89 @@
 """How many parameters methods train on a base, from its shape alone: the counts of the LoRA paper's tables. No torch.
 
-In: a `Shape` and the methods of a job. Out: an integer, which what pipeline/methods attaches has too. A task's head for labels is
+In: a `Shape` and the methods of a job. Out: integers, which what pipeline/methods attaches has too. A task's head for labels is
 counted apart (`Shape.head_parameters`). docs/methods.md has the formulas: L layers, D width, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.job.errors import JobError
-from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, Method, PrefixEmbed, PrefixLayer
-from pipeline.plan.shapes import Part, Shape, adapt
+from pipeline.job.method import Adapter, BitFit, FullTop, Method
+from pipeline.plan.adapted import Adapted, adapt
+from pipeline.plan.shapes import Part, Shape
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    """One of the base."""
+class Trained:
+    """Elements."""
 
-    size: int
-    bias: bool
-    norm: bool
-    layer: int | None
-    """None: outside the layers."""
+    whole: int
+    """Whole on every rank: what methods add, and vectors of the base."""
+    matrices: tuple[int, ...] = ()
+    """Of the base, each sharded where the base is."""
+
+    @property
+    def parameters(self) -> int:
+        return self.whole + sum(self.matrices)
+
+    def on_rank(self, sharers: int) -> int:
+        """Elements that a rank holds, where so many share a matrix: of each ceil(n / sharers)."""
+        return self.whole + sum(-(-size // sharers) for size in self.matrices)
 
 
-def trained(shape: Shape, *methods: Method) -> int:
-    """Parameters that these methods train together: those they add, and those of the base that one of them trains, each once.
+def counted(shape: Shape, *methods: Method, added_tokens: int = 0) -> Trained:
+    """What these methods train together: what they add, and the base's own parameters, each once.
+
+    Args:
+        added_tokens: that the base did not know, with embeddings and rows of the vocabulary projection of their own.
 
     Raises:
         JobError: a target, a layer or biases that the base does not have; in the words of pipeline/methods.
     """
     for place, method in enumerate(methods):
         _refuse(shape, method, f"methods[{place}]")
-    added = sum(_added(shape, method) for method in methods)
-    if any(isinstance(method, Full) for method in methods):
-        return added + shape.parameters
-    return added + sum(parameter.size for parameter in _parameters(shape) if any(_trains(shape, method, parameter) for method in methods))
+    found = adapt(shape, *methods, added_tokens=added_tokens)
+    # OPT 350m's embeddings are narrower than its layers.
+    row = shape.table.sizes[0] // shape.vocabulary
+    added = row * (found.embeddings.special_tokens + added_tokens * (2 if shape.head and not shape.tied else 1))
+    added += sum(layer.layer_parameters(shape) + layer.special_tokens * shape.width for layer in found.layers)
+    places = [(part, found.embeddings) for part in shape.embeddings] + [(part, found.end) for part in shape.end]
+    places += [(part, layer) for layer in found.layers for part in shape.layer]
+    if shape.head and not shape.tied:
+        places.append((shape.head, found.end))
+    vectors = 0
+    matrices: list[int] = []
+    for part, adapted in places:
+        own = _own(part, adapted)
+        of_matrix = part.matrices() if own == part.sizes else ()
+        matrices += of_matrix
+        vectors += sum(own) - sum(of_matrix)
+    if found.end.weights and (rest := shape.parameters - vectors - sum(matrices)) > 0:
+        # What the parts do not account for.
+        matrices.append(rest)
+    return Trained(added + vectors, tuple(matrices))
+
+
+def trained(shape: Shape, *methods: Method) -> int:
+    """The same, as one number."""
+    return counted(shape, *methods).parameters
+
+
+def _own(part: Part, adapted: Adapted) -> tuple[int, ...]:
+    """Sizes of its parameters that are trained."""
+    if adapted.weights or (adapted.norms and not part.inputs):
+        return part.sizes
+    return part.sizes[1:] if adapted.biases else ()
 
 
 def _refuse(shape: Shape, method: Method, key: str) -> None:
     match method:
         case FullTop(layers=layers) if layers > shape.layers:
             raise JobError(f"{key}.layers = {layers}: the base has {shape.layers} layers. Use fewer.")
-        case BitFit() if not any(parameter.bias for parameter in _parameters(shape)):
+        case BitFit() if not any(part.has_bias for part in (*shape.embeddings, *shape.layer, *shape.end)):
             raise JobError(f'{key}.kind = "bitfit": this {shape.family} has no bias vectors. Use another method.')
         case Adapter(first_layer=first) if first is not None and first >= shape.layers:
             raise JobError(f"{key}.first_layer = {first}: the last layer is {shape.layers - 1}. Use a lower one.")
         case Adapter(rank=rank) if rank > shape.width:
             raise JobError(f"{key}.rank = {rank}: the base is {shape.width} wide. Use a smaller rank.")
-
-
-def _added(shape: Shape, method: Method) -> int:
-    """Parameters that a method puts beside the base's own."""
-    match method:
-        case Lora():
-            return shape.layers * adapt(shape, method).layer_parameters(shape)
-        case PrefixEmbed():
-            # OPT 350m's embeddings are narrower than its layers.
-            width = next(part.sizes[0] for part in shape.embeddings if part.sizes) // shape.vocabulary
-            return width * (method.prefix_tokens + method.infix_tokens)
-        case PrefixLayer():
-            return shape.layers * shape.width * (method.prefix_tokens + method.infix_tokens)
-        case Adapter():
-            bottleneck = 2 * shape.width * method.rank + method.rank + shape.width
-            norm = 2 * shape.width if method.placement == "lin" and method.layernorm else 0
-            in_a_layer = 2 if method.placement == "houlsby" else 1
-            return (shape.layers - (method.first_layer or 0)) * in_a_layer * (bottleneck + norm)
-        case Full() | FullTop() | BitFit():
-            return 0
-
-
-def _trains(shape: Shape, method: Method, parameter: _Parameter) -> bool:
-    match method:
-        case FullTop():
-            return parameter.layer is not None and parameter.layer >= shape.layers - method.layers
-        case BitFit():
-            return parameter.bias
-        case Adapter() if method.layernorm and method.placement != "lin":
-            # Where there is an adapter: below it nothing is trained, and so no backward pass is needed.
-            return parameter.norm and parameter.layer is not None and parameter.layer >= (method.first_layer or 0)
-        case _:
-            return False
-
-
-def _parameters(shape: Shape) -> Iterator[_Parameter]:
-    """Every one but the head's, which is no bias."""
-    for part in (*shape.embeddings, *shape.end):
-        yield from _of_part(part, None)
-    for layer in range(shape.layers):
-        for part in shape.layer:
-            yield from _of_part(part, layer)
-
-
-def _of_part(part: Part, layer: int | None) -> Iterator[_Parameter]:
-    for place, size in enumerate(part.sizes):
-        # A linear map, an embedding and a norm have their weight first, and then a bias or nothing.
-        yield _Parameter(size, bias=place == 1, norm=not part.inputs, layer=layer)

@@ -1,7 +1,8 @@
 """What a step computes and moves, and how long that takes on given links.
 
 FLOPs by the 4N rule: with the base frozen, each of its elements costs two per token forward and two backward (the gradient of the
-activations); there is no gradient of weights, the third pair of the usual 6N. Checkpointing adds the forward pass again.
+activations); the gradient of weights, the third pair of the usual 6N, only where they are trained. Below everything trained there is
+no backward pass. Checkpointing adds the forward pass again, and takes the backward pass through all layers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Work:
     between_nodes_bytes: int
     """What each node receives of it from other nodes in a step."""
     reduced_bytes: int
-    """Of the one all-reduce of the gradient."""
+    """Of gradients that ranks sum in a step: one all-reduce of what is whole, and for each micro-batch those of trained matrices that are
+    sharded."""
     compute_s: float
     communication_s: float
     step_s: float
@@ -37,33 +39,41 @@ def work(asked: Setting, found: Memory) -> Work:
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
-    one = found.gathered.fetched * asked.element_bytes
-    gathered = one * (sharers - 1) // sharers * asked.micro_batches
+    fetched = found.gathered.in_step(asked.micro_batches) * asked.element_bytes
+    gathered = fetched * (sharers - 1) // sharers
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
     spanned = 1 if asked.local_ranks % sharers == 0 else max(2, -(-sharers // asked.local_ranks))
-    between = one * (spanned - 1) // spanned * asked.micro_batches
-    reduced = (asked.trained + 2) * 4
+    between = fetched * (spanned - 1) // spanned
+    runs = sum(asked.sharded_matrices)
+    whole, scattered = (asked.trained - runs + 2) * 4, runs * 4 * asked.micro_batches
     seconds = gathered / gpu.peers_bytes_s + between / gpu.node_bytes_s
     if asked.offload:
-        own = one // sharers * asked.micro_batches
+        own = fetched // sharers
         seconds += own / gpu.host_bytes_s
         seconds += own * asked.local_ranks / gpu.disk_bytes_s if asked.offload == "nvme" else 0
     slowest = gpu.node_bytes_s if nodes > 1 else gpu.peers_bytes_s
-    reduce_s = 2 * reduced / slowest if ranks > 1 else 0.0
+    # To sum and to hand out again; a matrix's runs stay where they are.
+    reduce_s = (2 * whole + scattered) / slowest if ranks > 1 else 0.0
     # A rank's share cannot be cut below a micro-batch's longest example; steps of fewer examples than ranks leave some idle.
     busy = min(ranks, asked.batch_examples)
     compute = tokens * per_token / busy / rate
     hide = seconds / asked.micro_batches * rate / per_token
     flops = tokens * per_token
-    return Work(flops, per_token, gathered, between, reduced, compute, seconds + reduce_s, max(compute, seconds) + reduce_s, round(hide))
+    return Work(
+        flops, per_token, gathered, between, whole + scattered, compute, seconds + reduce_s, max(compute, seconds) + reduce_s, round(hide)
+    )
 
 
 def _flops_per_token(asked: Setting) -> float:
-    shape = asked.shape
+    shape, layers = asked.shape, asked.adapted.layers
     # Scores and sums over half of an example's tokens on average, causal; twice as much again backward.
-    attention = 2 * 2 * shape.layers * shape.heads * shape.head_width * asked.example_tokens / 2
-    forward = 2 * shape.matmul_parameters + attention
-    backward = 2 * shape.matmul_parameters + 2 * attention
-    # Logits, and in the same pass the gradient of the hidden states.
-    head = 0 if asked.head_outputs else 4 * shape.vocabulary * shape.width
-    return forward + backward + head + 6 * asked.trained + (forward if asked.checkpointing else 0)
+    attention = 2 * 2 * shape.heads * shape.head_width * asked.example_tokens / 2
+    matrices = 2 * shape.matmul_parameters / shape.layers
+    forward = shape.layers * (matrices + attention)
+    back = sum(asked.checkpointing or layer.reached or layer.any for layer in layers)
+    backward = back * (matrices + 2 * attention) + sum(layer.weights for layer in layers) * matrices
+    # What methods add to a layer is multiplied with every token three times.
+    added = 6 * sum(layer.layer_parameters(shape) for layer in layers)
+    # Logits, and in the same pass the gradient of the hidden states and of the weight.
+    head = 0 if asked.head_outputs else (6 if asked.adapted.end.weights else 4) * shape.vocabulary * shape.width
+    return forward + backward + head + added + (forward if asked.checkpointing else 0)

@@ -210,3 +210,13 @@ def test_every_shipped_configuration_trains_the_same(name, job, ranks4, plain, t
     run = trained(ranks4, job, tmp_path / "run", f"memory.config={name}", f"memory.nvme_path={tmp_path}")
     assert run.losses == pytest.approx(plain.losses, rel=1e-5)
     assert name == "zero0.json" or same(run, plain)
+
+
+def test_a_base_that_is_trained_whole_is_rewritten_on_disk(job, ranks2, tmp_path):
+    full = tmp_path / "full.toml"
+    text = job.read_text()
+    full.write_text(f'{text[: text.index("[[methods]]")]}[[methods]]\nkind = "full"\n{text[text.index("[task]") :]}')
+    there = trained(ranks2, full, tmp_path / "there", "memory.config=zero3.json")
+    on_disk = trained(ranks2, full, tmp_path / "disk", "memory.config=zero3_nvme.json", f"memory.nvme_path={tmp_path}")
+    assert on_disk.losses == there.losses
+    assert same(on_disk, there)

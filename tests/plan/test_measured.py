@@ -59,6 +59,11 @@ def jobs(tmp_path_factory):
         ("roberta", (), [200, 120, 30], 1),
         ("roberta", (BF16, RECOMPUTE, ALL), [200, 200], 1),
         ("llama", ("memory.config=zero0.json", ALL), [200, 200], 1),
+        ("gpt2", (BF16, "methods.0.kind=full"), [200, 120, 30], 2),
+        ("llama", ("lean", RECOMPUTE, "methods.0.kind=full"), [200, 200], 1),
+        ("roberta", (BF16, "methods.0.kind=full_top"), [200, 200], 1),
+        ("gpt2", ("methods.0.kind=prefix_layer", RECOMPUTE), [200, 120, 30], 1),
+        ("roberta", ("methods.0.kind=adapter", "methods.0.placement=drop", "methods.0.first_layer=1"), [200, 120, 30], 1),
     ],
 )
 def test_memory_is_what_was_said(ranks2, jobs, base, changes, lengths, micro_batches):
@@ -71,6 +76,7 @@ def test_memory_is_what_was_said(ranks2, jobs, base, changes, lengths, micro_bat
     assert said["gathered_elements"] == pytest.approx(found["gathered_elements"], rel=0.05)
     assert said["kept"] == pytest.approx(found["kept"], rel=0.03)
     assert said["step"] == pytest.approx(found["step"], rel=0.10)
+    assert said["save"] == pytest.approx(found["save"], rel=0.10)
 
 
 def test_memory_of_groups_is_what_was_said(ranks4, jobs):

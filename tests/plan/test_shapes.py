@@ -31,8 +31,8 @@ from pipeline.model.build import build
 from pipeline.model.config import read_config
 from pipeline.model.families import FAMILIES
 from pipeline.plan import families
+from pipeline.plan.adapted import adapt
 from pipeline.plan.families import read_shape
-from pipeline.plan.shapes import adapt
 
 SMALL = {"hidden_size": 96, "intermediate_size": 250, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 999}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
@@ -117,7 +117,7 @@ def test_gpt3_has_the_paper_s_counts(targets, rank, published):
     shape = read_shape(Path(__file__).parent.parent.parent / "jobs" / "gpt3" / "175b")
     # The paper's 175,255.8M is more than its shape gives, tied or not.
     assert shape.parameters == 174_604_259_328
-    trained = shape.layers * adapt(shape, Lora(kind="lora", targets=targets, rank=rank)).layer_parameters(shape)
+    trained = shape.layers * adapt(shape, Lora(kind="lora", targets=targets, rank=rank)).layers[0].layer_parameters(shape)
     assert trained / 1e6 == pytest.approx(published, abs=0.1)
 
 
@@ -125,7 +125,7 @@ def test_ranks_and_modules_by_target(tmp_path):
     CONFIGS[1].save_pretrained(tmp_path)
     shape = read_shape(tmp_path)
     found = adapt(shape, Lora(kind="lora", targets=("q", "mlp.c_fc"), rank={"q": 2, "mlp.c_fc": 5}))
-    assert found.layer_parameters(shape) == 2 * (96 + 96) + 5 * (96 + 200)
+    assert found.layers[0].layer_parameters(shape) == 2 * (96 + 96) + 5 * (96 + 200)
     with pytest.raises(JobError, match=r'"query" is not a target of this base. It has q, k, v, o, mlp_in, mlp_out'):
         adapt(shape, Lora(kind="lora", targets=("query",)))
 
