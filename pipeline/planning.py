@@ -100,7 +100,7 @@ def _plan(
             "bytes": asked.base_bytes,
         },
         "methods": [method.kind for method in job.methods],
-        "notes": list(asked.shape.notes),
+        "notes": _notes(asked),
         "setting": {
             "gpu": asked.gpu.name,
             "gpus": asked.ranks,
@@ -153,6 +153,16 @@ def _plan(
         "paper": [asdict(figure) for figure in figures(asked)] if is_gpt3(asked) and only_lora else None,
         "arithmetic": _arithmetic(asked),
     }
+
+
+def _notes(asked: Setting) -> list[str]:
+    """What of the plan is a guess."""
+    embeddings = asked.adapted.embeddings
+    if asked.checkpointing and asked.shape.family == "deberta-v2" and (embeddings.weights or embeddings.biases):
+        # pipeline/model/build.py recomputes in another way there.
+        more = "its relative positions are trained: with recomputing, up to twice as many bytes are gathered as is said"
+        return [*asked.shape.notes, more]
+    return list(asked.shape.notes)
 
 
 def _whole_run(train: Train, step_gpu_s: float, known: Examples | None, price: Price | None) -> dict[str, Any]:

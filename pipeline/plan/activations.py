@@ -33,6 +33,10 @@ class Activations:
     """On top of `kept`, at the forward pass's worst moment outside the loss."""
     backward: int
     """The most in the backward pass, all told: gradients of activations and of weights, and with checkpointing what a layer recomputes."""
+    below: int
+    """In a layer below everything trained, which keeps nothing."""
+    finish: int
+    """Behind the layers' backward pass: the gradient of the largest embedding, where that is trained."""
     terms: tuple[Term, ...]
     """What the last layer keeps."""
 
@@ -97,20 +101,19 @@ def activations(
         now -= own.input
         worst = max(worst, now + max(total(part.backward), own.moment(sharers)))
         now -= own.kept
+    finish = 0
     if adapted.embeddings.weights:
         most = max(size for part in shape.embeddings for size in part.matrices())
-        worst = max(worst, common + behind + 2 * hidden + collected(most, e, sharers) + most * e)
+        finish = common + behind + 2 * hidden + collected(most, e, sharers) + most * e
     # The forward pass's last layer; where nothing is kept, any.
-    inside, now = 0, -top.kept - end - known
+    inside, now, alone = 0, -top.kept - end - known, 0
     for part in shape.layer:
         own = top.parts[part.name]
         now += own.kept + own.input
-        if checkpointing:
-            alone = total(part.alone) or max(total(part.forward), total(part.keeps))
-            inside = max(inside, alone + 2 * hidden)
-        else:
-            inside = max(inside, now + total(part.forward) + hidden)
-    return Activations(kept, 0 if labels else _logits(shape, batch, e, head), inside, worst, top.terms)
+        inside = max(inside, now + total(part.forward) + hidden)
+        alone = max(alone, (total(part.alone) or max(total(part.forward), total(part.keeps))) + 2 * hidden)
+    inside = alone if checkpointing else inside
+    return Activations(kept, 0 if labels else _logits(shape, batch, e, head), inside, worst, common + alone, finish, top.terms)
 
 
 def _logits(shape: Shape, batch: MicroBatch, e: int, head: int) -> int:

@@ -48,8 +48,10 @@ class Gathered:
     """The most at once."""
     start: int
     """The most before the layers, when nothing is kept yet: of the embeddings."""
+    below: int
+    """The most in layers below everything trained, which keep nothing."""
     layers: int
-    """The most between them and the head."""
+    """The most in the others."""
     head: int
     """The most while the head is in use, when a tied one's buffers are gone already."""
     backward: int
@@ -74,6 +76,8 @@ class _Visit:
     layer: int
     leaves: bool = True
     """Backward: a post-backward hook fires, because the module's input has a gradient."""
+    keeps: bool = True
+    """Forward: something may be kept for a backward pass."""
 
 
 def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False) -> Gathered:
@@ -93,10 +97,8 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
     follower = _Follower(sizes, visits, prefetch, ranks, stale, first.decisions)
     follower.run()
     most = follower.most
-    forward = max(most["start"], most["layers"], most["head"])
-    return Gathered(
-        forward, most["start"], most["layers"], most["head"], most["backward"], most["finish"], between, follower.fetched, changed
-    )
+    forward = max(most["start"], most["below"], most["layers"], most["head"])
+    return Gathered(forward, **most, between=between, fetched=follower.fetched, changed=changed)
 
 
 def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
@@ -119,7 +121,8 @@ def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool)
     # The root and the body have no parameters of their own.
     visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
     for number, layer in enumerate(layers):
-        visits += [_Visit(each, "forward", number) for each in layer]
+        keeps = checkpointing or adapted.layers[number].reached or adapted.layers[number].any
+        visits += [_Visit(each, "forward", number, keeps=keeps) for each in layer]
     visits += [_Visit(each, "forward", -1) for each in end]
     if not labels:
         # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
@@ -208,7 +211,7 @@ class _Follower:
         """Visits of layers."""
         self._now = "start"
         self._elements = sum(sizes[p] for p in self._available)
-        self.most = dict.fromkeys(("start", "layers", "head", "backward", "finish"), self._elements)
+        self.most = dict.fromkeys(("start", "below", "layers", "head", "backward", "finish"), self._elements)
         self.fetched = 0
         self._passed = [0]
         for visit in self._order:
@@ -242,7 +245,9 @@ class _Follower:
             return "start"
         if place > self._layers[-1]:
             return "finish"
-        return "head" if place == last else "layers" if place < last else "backward"
+        if place >= last:
+            return "head" if place == last else "backward"
+        return "layers" if self._all[place].keeps else "below"
 
     def _fetch(self, visit: _Visit) -> None:
         missing = {p for p in visit.parameters if p not in self._available and p not in self._inflight}

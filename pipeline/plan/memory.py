@@ -223,8 +223,13 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     used = {
         "load": on_device + min(_READ_ELEMENTS * _FP32, base),
         "forward": resident
-        + max(acts.kept + acts.logits + found.head * e, acts.kept + acts.forward + found.layers * e, few + found.start * e),
-        "backward": resident + max(acts.backward + found.backward * e, few + found.finish * e),
+        + max(
+            acts.kept + acts.logits + found.head * e,
+            acts.kept + acts.forward + found.layers * e,
+            acts.below + found.below * e,
+            few + found.start * e,
+        ),
+        "backward": resident + max(acts.backward + found.backward * e, max(few, acts.finish) + found.finish * e),
         # Fused AdamW works in place; the gathered small parameters stay.
         "step": resident + found.between * e,
         "save": resident + found.between * e + _captured(asked),
@@ -268,7 +273,7 @@ def _full(asked: Setting) -> MicroBatch:
     return MicroBatch(n, n, examples if asked.head_outputs else n, examples, length, n * length)
 
 
-_NOTHING = Gathered(*[0] * 8)
+_NOTHING = Gathered(*[0] * 9)
 _gathered = lru_cache(maxsize=64)(gathered)
 """Ranks enter by a few elements of padding only; it is asked for many times with the same."""
 
