@@ -34,6 +34,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         [
             ("computes", f"{done['flops_per_step'] / 1e12:,.1f} TFLOP, {done['micro_batches_per_rank']} micro-batches a rank"),
             ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank, {size_text(moved['between_nodes_bytes_per_step'])} a node"),
+            *([("sums", f"{size_text(moved['reduced_bytes_per_step'])} of gradients")] if asked["gpus"] > 1 else []),
             ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
             ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
             *_run_rows(plan["whole_run"]),
@@ -100,7 +101,7 @@ def _costs(finding: dict[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return "delta (masters, in fp32)" if name == "delta" else name.replace("_", " ")
 
 
 def _count(count: int | None) -> str:
