@@ -76,7 +76,8 @@ def main() -> None:
         found = {name: measure(console, asked, name) for name in asked.only}
         first, rate = asked.only[0], found[asked.only[0]]["rate"]
         sharded = train(asked, first, rate, FIRST_SEED, "zero3.json")
-    report = {"task": asked.task, "examples": asked.examples, "steps": asked.steps, "metric": metric(asked), "methods": found}
+    measured_on = origin("methods.py", "torch", "deepspeed", "transformers")
+    report = {"measured_on": measured_on, "task": asked.task, "examples": asked.examples, "steps": asked.steps, "metric": metric(asked), "methods": found}
     whole = found[first]["runs"][0]
     report["zero3"] = {"method": first, "seed": FIRST_SEED, "score": sharded["score"], "zero0": whole["score"]}
     heads, cells = rows(found)
@@ -89,7 +90,6 @@ def main() -> None:
     console.print(equal)
     if asked.record:
         lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
-        measured_on = origin("methods.py", "torch", "deepspeed", "transformers")
         head = ["# Methods: score against what is trained", "", *measured_on, "", title(asked)]
         asked.record.write_text("\n".join([*head, "", *lines, "", equal, "", *sweeps(found), ""]), encoding="utf-8")
         asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
