@@ -77,7 +77,8 @@ def main() -> None:
         first, rate = asked.only[0], found[asked.only[0]]["rate"]
         sharded = train(asked, first, rate, FIRST_SEED, "zero3.json")
     measured_on = origin("methods.py", "torch", "deepspeed", "transformers")
-    report = {"measured_on": measured_on, "task": asked.task, "examples": asked.examples, "steps": asked.steps, "metric": metric(asked), "methods": found}
+    report: dict[str, Any] = {"measured_on": measured_on, "metric": metric(asked), "methods": found}
+    report |= {"task": asked.task, "examples": asked.examples, "steps": asked.steps}
     whole = found[first]["runs"][0]
     report["zero3"] = {"method": first, "seed": FIRST_SEED, "score": sharded["score"], "zero0": whole["score"]}
     heads, cells = rows(found)
