@@ -28,7 +28,7 @@ from step import start
 
 METHODS = {
     "lora": 'kind = "lora"\ntargets = ["q", "v"]\nrank = 8\nalpha = 16',
-    "lora_all": 'kind = "lora"\ntargets = ["q", "k", "v", "o", "mlp_in", "mlp_out"]\nrank = 8\nalpha = 16',
+    "lora_all": 'kind = "lora"\ntargets = ["q", "k", "v", "o", "mlp_in", "mlp_out"]\nrank = 5\nalpha = 10',
     "full": 'kind = "full"',
     "bitfit": 'kind = "bitfit"',
     "adapter": 'kind = "adapter"\nplacement = "houlsby"\nrank = 16',
