@@ -12,7 +12,10 @@ from tests.training import trained, write_job
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("stage3_prefetch_bucket_sizee", 1, "Extra inputs"), ("stage3_prefetch_bucket_size", "many", "stage3_prefetch_bucket_size|prefetch")],
+    [
+        ("stage3_prefetch_bucket_sizee", 1, "Did you mean stage3_prefetch_bucket_size[?]"),
+        ("stage3_prefetch_bucket_size", "many", "stage3_prefetch_bucket_size|prefetch"),
+    ],
 )
 def test_a_mistake_names_its_key(key, value, message, gpt2_base, ranks2, tmp_path):
     file = tmp_path / "mine.json"
