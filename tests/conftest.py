@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests import bases
+from tests.families import make_family
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +57,10 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the reference data sets are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> Callable[[str], Path]:
+    """A small random base of a family, by its `model_type`; made once."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda name: make_family(name, folder / name))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
     Gemma2Config,
@@ -92,6 +94,11 @@ UNKNOWN = {"olmo2": (Olmo2Config(**_DECODER), ("self_attn.q_proj", "self_attn.v_
 """Not in the table: with the linear maps to adapt, by path."""
 
 
+LABELS = ("yes", "no", "perhaps")
+TEXTS = [(" ".join(WORDS[: 1 + n]), " ".join(WORDS[n : 2 * n + 1])) if n % 3 else (" ".join(WORDS[: n + 2]),) for n in range(6)]
+"""To be judged, one or two at a time."""
+
+
 def make_family(name: str, folder: Path) -> Path:
     """The base of a family, by its `model_type`."""
     if name == "gpt2":
@@ -136,3 +143,17 @@ def make_encoder_tokenizer(folder: Path, name: str) -> None:
         tokenizer_object=tokenizer, cls_token=start, sep_token=end, pad_token=pad, unk_token=unknown, model_input_names=inputs
     )
     fast.save_pretrained(folder)
+
+
+def theirs(folder: Path, encoder: bool):
+    """transformers' own model in fp32, eager attention; encoders with a head for LABELS."""
+    if encoder:
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS)).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float = 2e-5) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = max(1.0, float(np.abs(other[name]).max()))
+        np.testing.assert_allclose(one[name], other[name], atol=tolerance * scale, err_msg=name)

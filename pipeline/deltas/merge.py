@@ -11,18 +11,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from pipeline.deltas.changes import Change, changes_of, refuse_misfit, refuse_unfolded
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import Added, Head, Manifest, Module, StoredDelta, read_delta
+from pipeline.weights.delta import Added, Head, read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import INDEX_NAME
-from pipeline.weights.index import Checkpoint, Entry, header_of, open_checkpoint, read_header
+from pipeline.weights.index import Entry, header_of, open_checkpoint, read_header
 from pipeline.weights.read import Reader, byte_view
 
 SCHEMA_VERSION = 1
@@ -31,74 +32,6 @@ _COPY_BYTES = 1 << 22
 _BLOCK_ELEMENTS = 1 << 20
 _TAKEN = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ""}
 """Config, tokenizer, code, licence. Other copies of the base's weights are not merged, so not taken along."""
-
-
-@dataclass(frozen=True)
-class Addition:
-    """What is added to one tensor of the base."""
-
-    module: Module
-    a: torch.Tensor
-    b: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor it adds to."""
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.module.transposed else shape
-
-    def rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows of the update in the checkpoint's own orientation, fp32."""
-        scale = self.module.alpha / self.module.rank
-        if self.module.transposed:
-            return (self.a[:, first:last].T @ self.b.T) * scale
-        return (self.b[first:last] @ self.a) * scale
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of one tensor of the base: other values in its place, an addition, or both."""
-
-    replaced: torch.Tensor | None = None
-    added: Addition | None = None
-    new: tuple[tuple[int, ...], torch.Tensor] | None = None
-    """Ids and rows of added tokens [A, D]: in the place of rows that are there, or behind them."""
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the result.
-
-        Args:
-            stored: of the tensor in the base.
-        """
-        if self.new is None:
-            return stored
-        return (max(stored[0], self.new[0][-1] + 1), *stored[1:])
-
-    @property
-    def expected(self) -> tuple[int | None, ...]:
-        """Shape that the tensor has in the base. None: whatever it is."""
-        found = self.replaced if self.replaced is not None else self.added
-        if found is not None:
-            return tuple(found.shape)
-        assert self.new is not None
-        return (None, self.new[1].shape[1])
-
-    def behind(self, rows: int) -> torch.Tensor | None:
-        """What stands behind the base's rows."""
-        if self.new is None or self.new[0][-1] < rows:
-            return None
-        return self.new[1][[place for place, token in enumerate(self.new[0]) if token >= rows]]
-
-    def rows(self, stored: torch.Tensor, first: int) -> torch.Tensor:
-        """Of the result, from rows of the base [N, ...] in fp32 or wider, the first of them `first`."""
-        last = first + len(stored)
-        if self.replaced is not None:
-            stored = self.replaced[first:last].to(stored.dtype).view_as(stored)
-        result = stored if self.added is None else stored + self.added.rows(first, last)
-        for token, row in zip(*self.new, strict=True) if self.new else ():
-            if first <= token < last:
-                result[token - first] = row
-        return result
 
 
 def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter) -> dict[str, Any]:
@@ -117,15 +50,15 @@ def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry
     checkpoint = open_checkpoint(base)
     stored = read_delta(delta)
     manifest, head = stored.manifest, stored.head
-    _refuse_unfolded(manifest, delta)
+    refuse_unfolded(manifest, delta)
     digests = file_digests(checkpoint.files)
     if base_digest(digests) != manifest.base_digest:
         raise JobError(
             f"{base}: its digest is {base_digest(digests)[:12]}..., the delta was trained on {manifest.base_digest[:12]}... "
             f"({manifest.base}). Name the base that the delta was trained on."
         )
-    changes = _changes(stored)
-    _refuse_misfit(checkpoint, changes, delta)
+    changes = changes_of(stored)
+    refuse_misfit(checkpoint, changes, delta)
     errors: dict[str, float] = {}
     with new_folder(out) as partial, Reader() as reader:
         results = {}
@@ -293,38 +226,3 @@ def _copy_the_rest(base: Path, target: Path) -> None:
         old_index = file.name.endswith(".index.json") and file.name != INDEX_NAME
         if file.is_file() and file.suffix in _TAKEN and not file.name.startswith(".") and not old_index and file.name != CERTIFICATE:
             shutil.copyfile(file, target / file.name)
-
-
-def _changes(stored: StoredDelta) -> dict[str, Change]:
-    """By the name of the tensor in the checkpoint."""
-    changes = {name: Change(stored.replaced[one.name]) for one in stored.manifest.replaced for name in one.tensors}
-    for module in stored.manifest.modules:
-        addition = Addition(module, *stored.pairs[module.name])
-        changes[module.tensor] = replace(changes.get(module.tensor, Change()), added=addition)
-    if added := stored.manifest.added:
-        for name, tensors in added.rows.items():
-            for tensor in tensors:
-                changes[tensor] = replace(changes.get(tensor, Change()), new=(added.ids, stored.added[name]))
-    return changes
-
-
-def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
-    if not manifest.other:
-        return
-    kinds = [method["kind"] for method in manifest.methods if method["kind"] in ("adapter", "prefix_embed", "prefix_layer")]
-    raise JobError(
-        f"{delta}: was trained by {' and '.join(kinds)}, which puts into the model what no ordinary checkpoint has a place for. "
-        "Use it as it is (zlora generate --delta, zlora evaluate), or train by a method that merges: lora, full, full_top, bitfit."
-    )
-
-
-def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
-    for name, change in changes.items():
-        entry = checkpoint.entries.get(name)
-        wanted, shape = change.expected, entry.shape if entry else ()
-        fits = len(shape) == len(wanted) and all(size in (None, own) for size, own in zip(wanted, shape, strict=True))
-        if not fits:
-            found = "not there" if entry is None else f"of shape {list(entry.shape)}"
-            raise JobError(
-                f'{delta}: adapts tensor "{name}" of shape {list(wanted)}, which in {checkpoint.folder} is {found}. Name the right base.'
-            )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.deltas.merge import merge
 from pipeline.evaluate.generate import generate
@@ -37,13 +35,10 @@ from pipeline.train.engine import Engine
 from pipeline.train.step import Stepper
 from pipeline.weights.delta import CONFIG, read_delta
 from pipeline.weights.digest import base_digest, file_digests
-from tests.families import UNKNOWN, make_family
+from tests.families import LABELS, TEXTS, UNKNOWN, close, theirs
 from tests.model.test_forward import CPU, SEQUENCES, TIGHT
-from tests.training import WORDS
 
-LABELS = ("yes", "no", "perhaps")
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
-TEXTS = [(" ".join(WORDS[: 1 + n]), " ".join(WORDS[n : 2 * n + 1])) if n % 3 else (" ".join(WORDS[: n + 2]),) for n in range(6)]
 LORA = {"kind": "lora", "targets": ["q", "v"], "rank": 3, "alpha": 5.0}
 PREFIX = {"prefix_tokens": 2, "infix_tokens": 3}
 METHODS = {
@@ -87,12 +82,6 @@ CELLS = [(family, name) for family in sorted([*FAMILIES, *UNKNOWN]) for name in 
 EVERY = pytest.mark.parametrize(("family", "name"), CELLS, ids=[f"{family}-{name}" for family, name in CELLS])
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("contract")
-    return cache(lambda name: make_family(name, folder / name))
-
-
 @dataclass
 class Ours:
     base: LoadedBase
@@ -125,8 +114,8 @@ def open_ours(folder: Path, family: str, name: str | None, config: dict) -> Ours
     return Ours(base, delta, Causal(base.model, base.family, delta.head), sequences)
 
 
-def plain(bases, family: str, name: str | None) -> Ours:
-    return open_ours(bases(family), family, name, deepspeed_config(CONFIGS / "zero0.json"))
+def plain(families, family: str, name: str | None) -> Ours:
+    return open_ours(families(family), family, name, deepspeed_config(CONFIGS / "zero0.json"))
 
 
 def stirred(ours: Ours) -> Ours:
@@ -146,23 +135,9 @@ def write(ours: Ours, folder: Path) -> str:
     return base_digest(digests)
 
 
-def close(one: dict, other: dict, tolerance: float = 2e-5) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        scale = max(1.0, float(np.abs(other[name]).max()))
-        np.testing.assert_allclose(one[name], other[name], atol=tolerance * scale, err_msg=name)
-
-
-def theirs(folder: Path, encoder: bool):
-    """transformers' own model in fp32."""
-    if encoder:
-        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS)).eval()
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 @EVERY
-def test_at_the_start_the_output_is_the_base_s_where_the_method_promises_it(family, name, bases):
-    ours, base = plain(bases, family, name), plain(bases, family, None)
+def test_at_the_start_the_output_is_the_base_s_where_the_method_promises_it(family, name, families):
+    ours, base = plain(families, family, name), plain(families, family, None)
     with torch.no_grad():
         loss, wanted = (float(one.loss(list(range(6)))) for one in (ours, base))
     assert (loss == pytest.approx(wanted, rel=1e-6)) == (name in SAME_AT_START)
@@ -206,11 +181,11 @@ def expected(family: str, name: str, folder: Path) -> int:
 
 
 @EVERY
-def test_only_what_is_declared_has_gradients_and_it_is_as_much_as_the_closed_form_says(family, name, bases):
-    ours = plain(bases, family, name)
+def test_only_what_is_declared_has_gradients_and_it_is_as_much_as_the_closed_form_says(family, name, families):
+    ours = plain(families, family, name)
     ours.loss(list(range(6))).backward()
     head = sum(tensor.numel() for tensor in ours.delta.head.tensors.values()) if ours.delta.head else 0
-    assert ours.delta.parameters - head == expected(family, name, bases(family))
+    assert ours.delta.parameters - head == expected(family, name, families(family))
     for key, tensor in ours.delta.tensors().items():
         assert tensor.grad is not None, key
     trained = {one.name for one in ours.delta.base}
@@ -220,8 +195,8 @@ def test_only_what_is_declared_has_gradients_and_it_is_as_much_as_the_closed_for
 
 
 @EVERY
-def test_recomputing_changes_no_gradient(family, name, bases):
-    ours = stirred(plain(bases, family, name))
+def test_recomputing_changes_no_gradient(family, name, families):
+    ours = stirred(plain(families, family, name))
     wanted = ours.gradients()
     checkpointed(ours.base.model, ours.base.family)
     ours.root.train()
@@ -229,11 +204,11 @@ def test_recomputing_changes_no_gradient(family, name, bases):
 
 
 @pytest.mark.parametrize(("family", "name"), [cell for cell in CELLS if cell[1] in ("full", "full_top", "bitfit")])
-def test_gradients_of_the_base_are_those_of_transformers(family, name, bases):
-    ours = plain(bases, family, name)
+def test_gradients_of_the_base_are_those_of_transformers(family, name, families):
+    ours = plain(families, family, name)
     gradients = ours.gradients()
     encoder = ours.base.family.encoder
-    model = theirs(bases(family), encoder)
+    model = theirs(families(family), encoder)
     if encoder:
         for key, tensor in ours.delta.head.tensors.items():
             model.get_parameter(key).data.copy_(tensor.detach())
@@ -293,9 +268,9 @@ def targets(ours: Ours, chosen) -> int:
 
 
 @EVERY
-def test_two_ranks_of_shards_are_one_plain_process_after_three_steps_and_its_texts(family, name, bases, ranks2):
-    shares = ranks2.run(after_steps, str(bases(family)), family, name)
-    ours = plain(bases, family, name)
+def test_two_ranks_of_shards_are_one_plain_process_after_three_steps_and_its_texts(family, name, families, ranks2):
+    shares = ranks2.run(after_steps, str(families(family)), family, name)
+    ours = plain(families, family, name)
     tensors = list(ours.delta.tensors().values())
     adam = torch.optim.AdamW(tensors, lr=TRAIN.learning_rate, weight_decay=TRAIN.weight_decay, eps=TRAIN.adam_eps)
     for step in range(STEPS):
@@ -315,10 +290,10 @@ def test_two_ranks_of_shards_are_one_plain_process_after_three_steps_and_its_tex
 
 
 @EVERY
-def test_a_delta_goes_through_its_files_and_merges_where_it_folds(family, name, bases, tmp_path):
-    folder = bases(family)
+def test_a_delta_goes_through_its_files_and_merges_where_it_folds(family, name, families, tmp_path):
+    folder = families(family)
     before = file_digests(sorted(folder.glob("*.safetensors")))
-    ours, fresh = stirred(plain(bases, family, name)), plain(bases, family, name)
+    ours, fresh = stirred(plain(families, family, name)), plain(families, family, name)
     digest = write(ours, tmp_path / "delta")
     restore(fresh.delta, tmp_path / "delta", digest)
     chosen = list(range(6))
@@ -354,8 +329,8 @@ def test_a_delta_goes_through_its_files_and_merges_where_it_folds(family, name, 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "opt", "bert"])
-def test_special_tokens_begin_as_tokens_of_the_vocabulary(family, bases):
-    ours = plain(bases, family, "prefix_embed")
+def test_special_tokens_begin_as_tokens_of_the_vocabulary(family, families):
+    ours = plain(families, family, "prefix_embed")
     embedding = ours.base.model.get_submodule(ours.base.family.body).get_input_embeddings()
     known = embedding(torch.arange(embedding.weight.shape[0]))
     for row in ours.delta.prefix.rows["prefix.embeddings"]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MixtralConfig, RobertaConfig, T5Config
+from transformers import AutoTokenizer, MixtralConfig, RobertaConfig, T5Config
 
 from pipeline.deltas.merge import merge
 from pipeline.evaluate.generate import generate
@@ -33,23 +32,14 @@ from pipeline.tasks.example import Labelled
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine
 from pipeline.weights.digest import base_digest, file_digests
-from tests.families import UNKNOWN, make_family
+from tests.families import LABELS, TEXTS, UNKNOWN, close, theirs
 from tests.model.test_forward import CPU, SEQUENCES, TIGHT
-from tests.training import WORDS
 
 NAMES = sorted([*FAMILIES, *UNKNOWN])
 ENCODERS = [name for name in FAMILIES if FAMILIES[name].encoder]
-LABELS = ("yes", "no", "perhaps")
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 PROMPTS = [list(sequence.tokens) for sequence in SEQUENCES[:4]]
 NEW_TOKENS = 12
-TEXTS = [(" ".join(WORDS[: 1 + n]), " ".join(WORDS[n : 2 * n + 1])) if n % 3 else (" ".join(WORDS[: n + 2]),) for n in range(6)]
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    return cache(lambda name: make_family(name, folder / name))
 
 
 @dataclass
@@ -103,12 +93,6 @@ def write(ours: Ours, folder: Path) -> str:
     return base_digest(digests)
 
 
-def theirs(folder: Path, encoder: bool):
-    if encoder:
-        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS)).eval()
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 def outputs_of(model, ours: Ours, folder: Path) -> list[torch.Tensor]:
     """Of every example by itself: logits where something is to be learnt."""
     if ours.base.family.encoder:
@@ -122,16 +106,9 @@ def loss_of(outputs: list[torch.Tensor], ours: Ours) -> torch.Tensor:
     return sum(torch.nn.functional.cross_entropy(o, torch.tensor(w), reduction="sum") for o, w in zip(outputs, wanted, strict=True))
 
 
-def close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float = 2e-5) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        scale = max(1.0, float(np.abs(other[name]).max()))
-        np.testing.assert_allclose(one[name], other[name], atol=tolerance * scale, err_msg=name)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_transformers_model_and_trains_as_in_peft(name, bases, tmp_path):
-    folder = bases(name)
+def test_it_is_transformers_model_and_trains_as_in_peft(name, families, tmp_path):
+    folder = families(name)
     ours = plain(folder)
     encoder = ours.base.family.encoder
     loss, gradients, outputs = ours.pass_over(packed=True)
@@ -158,8 +135,8 @@ def test_it_is_transformers_model_and_trains_as_in_peft(name, bases, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_padded_and_recomputed_are_the_same(name, bases):
-    ours = plain(bases(name))
+def test_packed_padded_and_recomputed_are_the_same(name, families):
+    ours = plain(families(name))
     packed = ours.pass_over(packed=True)
     padded = ours.pass_over(packed=False)
     assert padded[0] == pytest.approx(packed[0], rel=1e-6)
@@ -172,8 +149,8 @@ def test_packed_padded_and_recomputed_are_the_same(name, bases):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_delta_goes_through_its_files_and_merges(name, bases, tmp_path):
-    folder = bases(name)
+def test_a_delta_goes_through_its_files_and_merges(name, families, tmp_path):
+    folder = families(name)
     ours, fresh = plain(folder), plain(folder, drawn=False)
     digest = write(ours, tmp_path / "delta")
     restore(fresh.delta, tmp_path / "delta", digest)
@@ -217,16 +194,16 @@ def on_shards(ranks, folder: str) -> tuple[float, dict[str, np.ndarray], list[li
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_of_shards_compute_and_generate_the_same(name, bases, ranks2, tmp_path):
-    ours = plain(bases(name))
-    shares = ranks2.run(on_shards, str(bases(name)))
+def test_two_ranks_of_shards_compute_and_generate_the_same(name, families, ranks2, tmp_path):
+    ours = plain(families(name))
+    shares = ranks2.run(on_shards, str(families(name)))
     loss, gradients, _ = ours.pass_over(packed=True)
     assert sum(share[0] for share in shares) == pytest.approx(loss, rel=1e-6)
     close({key: sum(share[1][key] for share in shares) for key in gradients}, gradients)
     if ours.base.family.encoder:
         return
     write(ours, tmp_path / "delta")
-    model = PeftModel.from_pretrained(theirs(bases(name), False), tmp_path / "delta").eval()
+    model = PeftModel.from_pretrained(theirs(families(name), False), tmp_path / "delta").eval()
     for prompt, text in zip(PROMPTS, shares[0][2], strict=True):
         wanted = model.generate(
             input_ids=torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -235,8 +212,8 @@ def test_two_ranks_of_shards_compute_and_generate_the_same(name, bases, ranks2, 
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_the_table_names_every_linear_map_and_norm_of_a_layer(name, bases):
-    base = plain(bases(name)).base
+def test_the_table_names_every_linear_map_and_norm_of_a_layer(name, families):
+    base = plain(families(name)).base
     family, modules = base.family, dict(base.model.named_modules())
     inside = f"{family.layers}.0."
     norms = {path for path, module in modules.items() if "norm" in type(module).__name__.lower()}
@@ -247,10 +224,10 @@ def test_the_table_names_every_linear_map_and_norm_of_a_layer(name, bases):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_long_pairs_are_cut_as_transformers_cuts_them(name, bases):
+def test_long_pairs_are_cut_as_transformers_cuts_them(name, families):
     from pipeline.tasks.sequences import truncate
 
-    ours, tokenizer = plain(bases(name)), AutoTokenizer.from_pretrained(bases(name))
+    ours, tokenizer = plain(families(name)), AutoTokenizer.from_pretrained(families(name))
     for limit in range(4, 24):
         for sequence, texts in zip(ours.sequences, TEXTS, strict=True):
             wanted = tokenizer(*texts, truncation="longest_first", max_length=limit)
@@ -260,15 +237,15 @@ def test_long_pairs_are_cut_as_transformers_cuts_them(name, bases):
             assert types == wanted.get("token_type_ids", types)
 
 
-def test_roberta_s_context_begins_behind_its_padding(bases):
-    config = read_config(bases("roberta"))
+def test_roberta_s_context_begins_behind_its_padding(families):
+    config = read_config(families("roberta"))
     assert FAMILIES["roberta"].context(config) == config.max_position_embeddings - config.pad_token_id - 1
 
 
-def test_old_names_prefixes_and_heads_for_other_tasks_are_matched_or_left_aside(bases, tmp_path):
+def test_old_names_prefixes_and_heads_for_other_tasks_are_matched_or_left_aside(families, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder, file = bases("bert"), "model.safetensors"
+    folder, file = families("bert"), "model.safetensors"
     tensors = load_file(folder / file)
     old = {f"bert.{name}": tensor for name, tensor in tensors.items()}
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in old.items()}
@@ -282,7 +259,7 @@ def test_old_names_prefixes_and_heads_for_other_tasks_are_matched_or_left_aside(
         plain(tmp_path)
 
 
-def test_what_cannot_be_trained_rightly_is_refused_by_name(bases):
+def test_what_cannot_be_trained_rightly_is_refused_by_name(families):
     with pytest.raises(JobError, match=r'"mixtral" is a mixture of experts \(num_local_experts = 8\)'):
         known_family(MixtralConfig())
     with pytest.raises(JobError, match="makes a decoder of a roberta"):
@@ -290,8 +267,8 @@ def test_what_cannot_be_trained_rightly_is_refused_by_name(bases):
     with pytest.raises(JobError, match='"t5" is not known, and is no decoder of text'):
         family_of(T5Config(num_layers=1, d_model=8, d_ff=8, vocab_size=9))
     with pytest.raises(JobError, match=r'bert is an encoder, which generates no text; task\.kind = "e2e" needs a decoder'):
-        refuse_encoder(read_config(bases("bert")), 'task.kind = "e2e"')
-    unknown = read_config(bases("olmo2"))
+        refuse_encoder(read_config(families("bert")), 'task.kind = "e2e"')
+    unknown = read_config(families("olmo2"))
     refuse_roles(unknown, ("self_attn.q_proj", "down_proj"))
     with pytest.raises(JobError) as caught:
         refuse_roles(unknown, ("q",))
@@ -299,9 +276,9 @@ def test_what_cannot_be_trained_rightly_is_refused_by_name(bases):
     assert 'targets = ["self_attn.q_proj", "self_attn.k_proj"]' in str(caught.value)
 
 
-def test_dropout_on_deberta_s_shared_keys_does_not_depend_on_the_deal(bases):
+def test_dropout_on_deberta_s_shared_keys_does_not_depend_on_the_deal(families):
     """Its relative positions pass through the adapted maps too, and belong to no example."""
-    ours = plain(bases("deberta-v2"))
+    ours = plain(families("deberta-v2"))
     for adapted in ours.delta.adapted:
         adapted.linear.branches[:] = [_with_dropout(branch) for branch in adapted.branches]
     losses = []
