@@ -11,6 +11,7 @@ are then copied out of it, and the buffer lives until the last of them has been 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,7 +54,9 @@ class Gathered:
     layers: int
     """The most in the others."""
     head: int
-    """The most while the head is in use, when a tied one's buffers are gone already."""
+    """The most when the head is fetched, and there are no logits yet."""
+    loss: int
+    """What is there while it is in use: the buffer that it came in is gone."""
     backward: int
     finish: int
     """The most behind the layers' backward pass, when nothing is kept any more."""
@@ -91,10 +94,10 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
     small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
     changed = sum(size for p, size in small.items() if p in stale)
     between = sum(small.values()) - changed
-    # The pass after the recorded one starts with nothing gathered, and DeepSpeed goes on releasing what it decided to release then.
-    first = _Follower(sizes, visits, prefetch, ranks, stale)
+    # DeepSpeed goes on releasing what it decided to release in the pass after the recorded one.
+    first = _Follower(sizes, visits, prefetch, ranks, small.keys() & _left(visits) - stale)
     first.run()
-    follower = _Follower(sizes, visits, prefetch, ranks, stale, first.decisions)
+    follower = _Follower(sizes, visits, prefetch, ranks, small.keys() - stale, first.decisions)
     follower.run()
     most = follower.most
     forward = max(most["start"], most["below"], most["layers"], most["head"])
@@ -169,6 +172,17 @@ def _backward(pairs: list[tuple[Part, tuple[int, ...]]]) -> list[tuple[Part, tup
     return [pair for block in reversed(blocks) for pair in block]
 
 
+def _left(visits: list[_Visit]) -> set[int]:
+    """What the recorded pass leaves gathered if it is small: all else that it has used it releases, small or not."""
+    left: set[int] = set()
+    for visit in visits:
+        if visit.passes == "release" or not visit.leaves:
+            left.update(visit.parameters)
+        else:
+            left.difference_update(visit.parameters)
+    return left
+
+
 @dataclass
 class _Group:
     """Parameters gathered together, and the buffer they came in."""
@@ -191,17 +205,20 @@ class _Follower:
         visits: list[_Visit],
         prefetch: Prefetch,
         ranks: int,
-        stale: frozenset[int],
+        available: Set[int],
         decisions: list[set[int]] | None = None,
     ) -> None:
+        """Args:
+        available: gathered at the start. What a step changed is gathered again, however small (pipeline/model/zero3.py).
+        decisions: what each release lets go. None: it is decided.
+        """
         self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
         self._order = [visit for visit in visits if visit.passes != "release"]
         self._persistent = {p for p, size in enumerate(sizes) if size <= prefetch.persistence}
         self._decided = iter(decisions) if decisions is not None else None
         self.decisions: list[set[int]] = []
         """What each release let go."""
-        # What a step changed is gathered again, however small (pipeline/model/zero3.py).
-        self._available = self._persistent - stale if decisions is not None else set()
+        self._available = set(available)
         self._inflight: dict[int, _Group] = {}
         self._live_elements = 0
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
@@ -211,7 +228,7 @@ class _Follower:
         """Visits of layers."""
         self._now = "start"
         self._elements = sum(sizes[p] for p in self._available)
-        self.most = dict.fromkeys(("start", "below", "layers", "head", "backward", "finish"), self._elements)
+        self.most = dict.fromkeys(("start", "below", "layers", "head", "loss", "backward", "finish"), self._elements)
         self.fetched = 0
         self._passed = [0]
         for visit in self._order:
@@ -232,6 +249,9 @@ class _Follower:
                 continue
             self._grow(0)
             self._fetch(visit)
+            if place == last:
+                self._now = "loss"
+                self._grow(0)
             if visit.passes == "recompute":
                 held.update(visit.parameters)
             elif visit.leaves and not held.intersection(visit.parameters):

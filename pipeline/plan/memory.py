@@ -224,8 +224,9 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "load": on_device + min(_READ_ELEMENTS * _FP32, base),
         "forward": resident
         + max(
-            acts.kept + acts.logits + found.head * e,
             acts.kept + acts.forward + found.layers * e,
+            acts.kept + found.head * e,
+            acts.kept + acts.logits + found.loss * e,
             acts.below + found.below * e,
             few + found.start * e,
         ),
@@ -273,7 +274,7 @@ def _full(asked: Setting) -> MicroBatch:
     return MicroBatch(n, n, examples if asked.head_outputs else n, examples, length, n * length)
 
 
-_NOTHING = Gathered(*[0] * 9)
+_NOTHING = Gathered(*[0] * 10)
 _gathered = lru_cache(maxsize=64)(gathered)
 """Ranks enter by a few elements of padding only; it is asked for many times with the same."""
 
