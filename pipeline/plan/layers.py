@@ -97,7 +97,7 @@ def held_by(shape: Shape, adapted: Adapted, batch: MicroBatch, e: int, dropout: 
         """A gradient goes through it."""
         return reached or adapted.precedes(part, shape) or (not part.inputs and adapted.own(part))
 
-    inputs = _inputs(shape, adapted, n, e)
+    inputs = _inputs(shape, adapted, n, e, live)
     parts, terms = {}, []
     for part in shape.layer:
         keeps = part.keeps if live(part) else ()
@@ -151,9 +151,9 @@ def _branches(shape: Shape, adapted: Adapted, n: int, e: int) -> int:
     return sum(n * branch.rank * e for branch in adapted.branches) + cast * e
 
 
-def _inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> dict[str, int]:
+def _inputs(shape: Shape, adapted: Adapted, n: int, e: int, live: Callable[[Part], bool]) -> dict[str, int]:
     """By part. A branch keeps its input for the gradient of A, a map for that of its matrix; those that read the same keep it once,
-    unless a branch drops its own."""
+    unless a branch drops its own: then a mask stands beside it, where a gradient goes through."""
     read = {
         (part.stage, part.lane): part
         for part in reversed(shape.layer)
@@ -162,7 +162,7 @@ def _inputs(shape: Shape, adapted: Adapted, n: int, e: int) -> dict[str, int]:
     kept = {part.name: n * part.inputs * e for part in read.values() if not part.input_kept}
     if adapted.dropout:
         for part in shape.layer:
-            if dropped := 2 * n * part.inputs * e * len(adapted.of(part)):
+            if dropped := (1 + live(part)) * n * part.inputs * e * len(adapted.of(part)):
                 kept[part.name] = kept.get(part.name, 0) + dropped
     return kept
 
