@@ -218,14 +218,14 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "auto": shape.parameters * e + cache <= USED * free, "once": True, "each_pass": False
     }[asked.decoding.gather]  # fmt: skip
     whole = shape.parameters * e if once else found.forward * e
-    # Where the embeddings are gathered, there are a few tensors of the hidden states only.
+    # Where the embeddings are gathered, there are a few tensors of the hidden states only; at the last norm, beside what is kept.
     few = 3 * batch.tokens * shape.width * e
     used = {
         "load": on_device + min(_READ_ELEMENTS * _FP32, base),
         "forward": resident
         + max(
             acts.kept + acts.forward + found.layers * e,
-            acts.kept + found.head * e,
+            acts.kept + few + found.head * e,
             acts.kept + acts.logits + found.loss * e,
             acts.below + found.below * e,
             few + found.start * e,

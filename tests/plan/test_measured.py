@@ -10,6 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from benchmarks.plan_rank import measure, predict
 
 LEAN = {"stage": 3, "stage3_prefetch_bucket_size": 60_000, "stage3_max_live_parameters": 90_000, "stage3_max_reuse_distance": 0}
+SMALL = "stage3_param_persistence_threshold"
+CONFIGS = {
+    "lean": {**LEAN, SMALL: 1000},
+    "reused": {**LEAN, "stage3_max_live_parameters": 200_000, "stage3_max_reuse_distance": 90_000, SMALL: 10_000},
+    "at_once": {"stage": 3, SMALL: 1000},
+}
 JOB = """
 [base]
 model = "{base}"
@@ -28,7 +34,8 @@ ALL = "methods.0.targets=['q','v','o','mlp_in']"
 def jobs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (folder / "lean.json").write_text(json.dumps({"zero_optimization": {**LEAN, "stage3_param_persistence_threshold": 1000}}))
+    for name, keys in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": keys}))
     GPT2LMHeadModel(
         GPT2Config(vocab_size=700, n_positions=256, n_embd=96, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(folder / "gpt2")
@@ -55,9 +62,11 @@ def jobs(tmp_path_factory):
         ("gpt2", (BF16, RECOMPUTE), [200, 120, 30], 2),
         ("gpt2", ("lean", ALL), [200, 200], 1),
         ("llama", (BF16,), [200, 120, 30], 1),
+        ("llama", ("at_once", BF16, "methods.0.dropout=0.1"), [200, 100], 2),
         ("llama", (RECOMPUTE, "methods.0.rank=16"), [250, 250], 1),
         ("roberta", (), [200, 120, 30], 1),
         ("roberta", (BF16, RECOMPUTE, ALL), [200, 200], 1),
+        ("roberta", ("reused", RECOMPUTE), [200, 200], 1),
         ("llama", ("memory.config=zero0.json", ALL), [200, 200], 1),
         ("gpt2", (BF16, "methods.0.kind=full"), [200, 120, 30], 2),
         ("llama", ("lean", RECOMPUTE, "methods.0.kind=full"), [200, 200], 1),
@@ -67,7 +76,7 @@ def jobs(tmp_path_factory):
     ],
 )
 def test_memory_is_what_was_said(ranks2, jobs, base, changes, lengths, micro_batches):
-    changes = [f"memory.config={jobs / 'lean.json'}" if change == "lean" else change for change in changes]
+    changes = [f"memory.config={jobs / change}.json" if change in CONFIGS else change for change in changes]
     case = {"job": str(jobs / f"{base}.toml"), "set": changes, "tokens": lengths, "label_tokens": 150, "micro_batches": micro_batches}
     case["outputs"] = 3 if base == "roberta" else 0
     said, found = predict(case, 2), ranks2.run(measure, case)[0]
