@@ -24,7 +24,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     )
     if plan["notes"]:
         screen.table("to be taken with care", [("note", note) for note in plan["notes"]])
-    screen.table("memory of a GPU, by part", [(_words(name), size_text(count)) for name, count in plan["parts_bytes"].items() if count])
+    screen.table("memory of a GPU, by part", [(_words(name), _part(plan, name)) for name, count in plan["parts_bytes"].items() if count])
     screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
     moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]
     tokens = asked["batch_examples"] * asked["example_tokens"]
@@ -33,7 +33,7 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
         f"a step of {asked['batch_examples']} examples of {asked['example_tokens']} tokens",
         [
             ("computes", f"{done['flops_per_step'] / 1e12:,.1f} TFLOP, {done['micro_batches_per_rank']} micro-batches a rank"),
-            ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank, {size_text(moved['between_nodes_bytes_per_step'])} a node"),
+            ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank{_from_others(plan)}"),
             *([("sums", f"{size_text(moved['reduced_bytes_per_step'])} of gradients")] if asked["gpus"] > 1 else []),
             ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
             ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
@@ -113,3 +113,20 @@ def _decimal(count: float) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1e6:,.1f} MB"
+
+
+def _part(plan: dict[str, Any], name: str) -> str:
+    size = size_text(plan["parts_bytes"][name])
+    if name != "activations":
+        return size
+    both = plan["activations_bytes"]
+    if plan["setting"]["gradient_checkpointing"]:
+        return f"{size}, recomputed; {size_text(both['kept'])} if they were kept"
+    return f"{size}; {size_text(both['recomputed'])} if they were recomputed"
+
+
+def _from_others(plan: dict[str, Any]) -> str:
+    """What comes into a node from the others."""
+    if plan["setting"]["nodes"] == 1:
+        return ""
+    return f"; {size_text(plan['communication']['between_nodes_bytes_per_step'])} a node from other nodes"

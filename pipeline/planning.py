@@ -119,6 +119,10 @@ def _plan(
         "capacity_bytes": asked.gpu.memory_bytes,
         "peak_bytes": found.peak,
         "parts_bytes": found.parts,
+        "activations_bytes": {
+            "kept": memory(replace(asked, checkpointing=False)).parts["activations"],
+            "recomputed": memory(replace(asked, checkpointing=True)).parts["activations"],
+        },
         "phases_bytes": found.phases,
         "scoring_gathers_once": found.gathers_once,
         "trained_parameters": asked.trained,

@@ -164,3 +164,10 @@ def test_gpus_by_name():
     assert gpu_of("A100-80").name == gpu_of("a100-80g").name == "a100-80g"
     assert gpu_of("h200").memory_bytes == 141 * GIB
     assert {"v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "h200-141g", "l40s-48g", "cpu"} == set(gpus())
+
+
+def test_activations_are_told_kept_and_recomputed():
+    plain, again = plan_of("memory.gradient_checkpointing=false"), plan_of("memory.gradient_checkpointing=true")
+    assert plain["activations_bytes"] == again["activations_bytes"]
+    assert plain["activations_bytes"] == {"kept": plain["parts_bytes"]["activations"], "recomputed": again["parts_bytes"]["activations"]}
+    assert plain["activations_bytes"]["kept"] > 5 * again["activations_bytes"]["recomputed"]
