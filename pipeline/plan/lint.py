@@ -105,9 +105,10 @@ def _between_nodes(asked: Setting) -> list[Finding]:
 
 
 def lean_prefetch(asked: Setting) -> Prefetch:
-    """A layer ahead of the one in use, and nothing longer than it is used."""
+    """A layer ahead of the one in use, and nothing but vectors longer than it is used."""
     layer = sum(sum(part.sizes) for part in asked.shape.layer)
-    return Prefetch(layer, min(asked.prefetch.persistence, 100_000), 3 * layer, 0)
+    vectors = [size for part in asked.shape.layer for size in part.sizes if size not in part.matrices()]
+    return Prefetch(layer, max(vectors, default=asked.shape.width), 3 * layer, 0)
 
 
 def mended(written: dict[str, Any], found: list[Finding]) -> dict[str, Any]:
