@@ -47,7 +47,7 @@ def _candidates(asked: Setting) -> Iterator[Choice]:
         "stage": f"the base whole on every rank would need {_gib(memory(whole).peak)} of {_gib(whole.gpu.memory_bytes)}",
         "overlap_comm": "gathers run beside the computation",
         "stage3_prefetch_bucket_size": "one layer is gathered ahead",
-        "stage3_param_persistence_threshold": "norms and biases stay gathered, matrices do not: many small gathers cost more than they hold",
+        "stage3_param_persistence_threshold": "norms and biases stay gathered, matrices do not: small gathers cost more than they hold",
         "stage3_max_live_parameters": "the layer in use, the one ahead, and the embedding's share",
         "stage3_max_reuse_distance": "what is used is released: the backward pass comes too late to wait for it",
     }
