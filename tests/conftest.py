@@ -12,12 +12,13 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A shell's background jobs ignore it, and so would every program that a test starts and interrupts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests import bases
 from tests.families import make_family
 from tests.ranks import Ranks
+
+# A shell's background jobs ignore it, and so would every program that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
