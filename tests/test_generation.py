@@ -210,6 +210,17 @@ class Terminal:
             )
         self._shown = ""
 
+    def give_up_line(self) -> None:
+        """Ctrl-C; again if it came before the program was reading, as a person would."""
+        for seconds in (10, 60):
+            self.type("\x03")
+            try:
+                self.until("\n> ", seconds)
+                return
+            except AssertionError:
+                if seconds == 60:
+                    raise
+
     def until(self, text: str, seconds: float = 60) -> str:
         """What has been shown up to `text` since the last call."""
         deadline = time.monotonic() + seconds
@@ -254,8 +265,7 @@ def test_a_conversation_on_a_terminal(gpt2_base, run, ranks, tmp_path):
     # A line that is given up; then the one before is brought back by arrow up.
     talk.type("Fren")
     talk.until("Fren")
-    talk.type("\x03")
-    talk.until("\n> ")
+    talk.give_up_line()
     talk.type("pub\n")
     assert plain(expected[2]).rstrip() in talk.until("\n> ")
     talk.type("\x04")
