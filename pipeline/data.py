@@ -27,7 +27,7 @@ from pipeline.tasks.prepare import encoder_of, split_store, stream_of
 from pipeline.tasks.sequences import Sequences, fit
 from pipeline.tasks.specials import specials_of
 from pipeline.tasks.store import Store
-from pipeline.tasks.tokens import Tokens
+from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.weights.hub import local_tokenizer
 
 _BINS = 10
@@ -50,7 +50,7 @@ def look(job: Job, examples: int, screen: Screen) -> dict[str, Any]:
     if any(labels_of(task) == () for task in sources_of(job.task)):
         refuse_encoder(config, f'task.kind = "{job.task.kind}"')
         tokens.require_end()
-    vocabulary = max(config.vocab_size, *(place + 1 for place in tokens.added_ids)) if tokens.added_ids else config.vocab_size
+    vocabulary = vocabulary_with(config.vocab_size, tokens.new)
     context = family.context(config) if family else config.max_position_embeddings
     # Special tokens around each prompt have a share of it.
     context -= len(specials_of(job.methods, vocabulary) or ())

@@ -31,7 +31,7 @@ from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.prompts import Asked
 from pipeline.tasks.specials import Specials, specials_of
-from pipeline.tasks.tokens import Tokens
+from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.delta import Manifest, delta_folder, read_delta
 from pipeline.weights.digest import base_digest, file_digests
@@ -158,9 +158,8 @@ def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks:
     if manifest and manifest.head:
         raise JobError(f"{delta}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
     separator = _separator(source.separator, manifest, delta)
-    added = manifest.added if manifest else None
-    tokens = Tokens(folder, added.tokens if added else ())
-    vocabulary = max(config.vocab_size, added.ids[-1] + 1) if added else config.vocab_size
+    tokens = Tokens(folder, manifest.added.tokens if manifest and manifest.added else ())
+    vocabulary = vocabulary_with(config.vocab_size, tokens.new)
     tokens.require_end()
     encoder = Encoder(tokens, separator, 0, vocabulary, chat=manifest is not None and manifest.chat)
     dtype = source.dtype or _default_dtype(manifest, checkpoint, ranks.device)

@@ -21,7 +21,6 @@ from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
 from pipeline.job.task import Mix, SingleTask, titled
 from pipeline.job.zero import complete, deepspeed_config
-from pipeline.methods.added import NewTokens, vocabulary_with
 from pipeline.methods.attach import Delta, attach
 from pipeline.model.build import checkpointed, require_dtype
 from pipeline.model.causal import Causal
@@ -43,7 +42,7 @@ from pipeline.tasks.sequences import Chosen, Joined, Sequences, fit
 from pipeline.tasks.specials import Specials, Surrounded, specials_of
 from pipeline.tasks.store import Store
 from pipeline.tasks.texts import wanted_texts
-from pipeline.tasks.tokens import Tokens
+from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.train.engine import Engine, Ranks, one_rank_first
 from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.hub import local_base
@@ -193,8 +192,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
-    new = NewTokens(job.base.added_tokens, tokens.added_ids) if tokens.added_ids else None
-    delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout, new=new)
+    delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout, new=tokens.new)
     root = Causal(base.model, base.family, delta.head)
     root.train()
     if job.memory.gradient_checkpointing:
@@ -210,7 +208,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         root,
         Engine(root, zero),
         context=root.context,
-        vocabulary=vocabulary_with(base.model, new),
+        vocabulary=vocabulary_with(config.vocab_size, tokens.new),
         base_config=sha256_of(folder / "config.json"),
         choice=choice,
     )

@@ -8,30 +8,19 @@ Shapes: A added tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from transformers import PreTrainedModel
 
 from pipeline.job.errors import JobError
 from pipeline.methods.overlay import Overlay
 from pipeline.model.head import Head
 from pipeline.model.load import LoadedBase
+from pipeline.tasks.tokens import NewTokens
 from pipeline.weights.delta import Added
 from pipeline.weights.index import Entry
 from pipeline.weights.read import Reader
 
 EMBEDDINGS, HEAD = "added.embeddings", "added.head"
 _BLOCK_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """As the tokenizer with them has them."""
-
-    texts: tuple[str, ...]
-    ids: tuple[int, ...]
-    """Ascending."""
 
 
 def attach_added(base: LoadedBase, new: NewTokens, device: torch.device) -> tuple[Overlay, Added]:
@@ -68,12 +57,6 @@ def attach_added(base: LoadedBase, new: NewTokens, device: torch.device) -> tupl
     scale = getattr(embedding, "embed_scale", 1.0)
     embedding.register_forward_hook(lambda module, inputs, output: overlay.put(output, rows[EMBEDDINGS] * scale))
     return overlay, Added(new.texts, new.ids, stored)
-
-
-def vocabulary_with(model: PreTrainedModel, new: NewTokens | None) -> int:
-    """Ids that the model knows, new ones included."""
-    known: int = model.config.vocab_size
-    return max(known, new.ids[-1] + 1) if new else known
 
 
 def _mean(entry: Entry, count: int, device: torch.device) -> torch.Tensor:

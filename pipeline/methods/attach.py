@@ -11,7 +11,7 @@ import torch
 
 from pipeline.job.method import Adapter, Lora, Method, PrefixEmbed, PrefixLayer
 from pipeline.methods.adapter import Bottleneck, attach_adapters
-from pipeline.methods.added import NewTokens, attach_added, vocabulary_with
+from pipeline.methods.added import attach_added
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
 from pipeline.methods.lora import AdaptedLinear, attach_lora
@@ -19,6 +19,7 @@ from pipeline.methods.overlay import Overlay
 from pipeline.methods.prefix import attach_prefix
 from pipeline.methods.subset import BaseParameter, train_base
 from pipeline.model.load import LoadedBase
+from pipeline.tasks.tokens import NewTokens, vocabulary_with
 from pipeline.weights.delta import Added
 
 
@@ -116,6 +117,6 @@ def attach(
             case Adapter():
                 adapters = attach_adapters(model, family, method, place, seed, device)
             case PrefixEmbed() | PrefixLayer():
-                prefix = attach_prefix(base, method, vocabulary_with(model, new), seed, device)
+                prefix = attach_prefix(base, method, vocabulary_with(model.config.vocab_size, new), seed, device)
     trained = train_base(base, methods, device) if train else ()
     return Delta(methods, tuple(adapted), tuple(adapters), prefix, new_tokens, added, trained, head, clock)

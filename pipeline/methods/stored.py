@@ -12,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter, Method, PrefixEmbed, PrefixLayer
-from pipeline.methods.added import NewTokens
 from pipeline.methods.attach import attach
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.files import restore_added, restore_placed
@@ -20,6 +19,7 @@ from pipeline.methods.lora import LoraBranch, Rows
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import fill, shape_of
+from pipeline.tasks.tokens import NewTokens
 from pipeline.weights.delta import MANIFEST, Manifest, StoredDelta
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from pipeline.weights.digest import sha256_of
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "tekken.json")
 """Of which a tokenizer has at least one: the fast form, SentencePiece, BPE, WordPiece, T5's, DeBERTa's, Mistral's."""
 _MORE_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens beside a tokenizer's own."""
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    """Ascending."""
+
+
+def vocabulary_with(embeddings: int, new: NewTokens | None) -> int:
+    """Ids that a model with so many embeddings knows, new tokens included: they may be among its rows, or come behind them."""
+    return max(embeddings, new.ids[-1] + 1) if new else embeddings
 
 
 class Tokens:
@@ -38,12 +53,12 @@ class Tokens:
         except Exception as error:  # whatever a damaged file sets off: the libraries' failures have no common type
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JobError(f"{folder}: no tokenizer can be loaded from here ({reason}). Fetch its files again.") from None
-        self.folder, self._added = folder, added
+        self.folder = folder
         known = self.tokenizer.get_vocab() if added else {}
         if again := next((token for place, token in enumerate(added) if token in known or token in added[:place]), None):
             raise JobError(f'base.added_tokens: "{again}" is a token already. Leave it out.', everywhere=True)
         self.tokenizer.add_tokens(list(added))
-        self.added_ids: tuple[int, ...] = tuple(self.tokenizer.convert_tokens_to_ids(list(added)))
+        self.new = NewTokens(added, tuple(self.tokenizer.convert_tokens_to_ids(list(added)))) if added else None
         special = self.tokenizer("")["input_ids"]
         self.lead: list[int] = [i for i in special[:1] if i == self.tokenizer.bos_token_id and i != self.tokenizer.eos_token_id]
         """What every text begins with: the tokenizer's start token, or nothing."""
@@ -89,7 +104,7 @@ class Tokens:
     def digest(self) -> str:
         """Of all that decides which ids a text becomes."""
         files = [(name, sha256_of(self.folder / name)) for name in (*_FILES, *_MORE_FILES) if (self.folder / name).is_file()]
-        about = (type(self.tokenizer).__name__, transformers.__version__, tokenizers.__version__, files, self._added)
+        about = (type(self.tokenizer).__name__, transformers.__version__, tokenizers.__version__, files, self.new)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def ids(self, texts: list[str]) -> list[list[int]]:

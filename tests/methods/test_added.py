@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,12 +14,12 @@ from pipeline.deltas.merge import merge
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
 from pipeline.job.zero import deepspeed_config
-from pipeline.methods.added import EMBEDDINGS, HEAD, NewTokens, attach_added, vocabulary_with
+from pipeline.methods.added import EMBEDDINGS, HEAD, attach_added
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.tasks.batch import collate
-from pipeline.tasks.tokens import Tokens
+from pipeline.tasks.tokens import NewTokens, Tokens, vocabulary_with
 from tests.bases import VOCABULARY
 from tests.families import make_family
 from tests.tasks.making import learnt_from
@@ -42,7 +41,7 @@ def test_loss_and_gradients_are_transformers_own_with_resized_embeddings(family,
     new = NewTokens(NEW, ids)
     overlay, added = attach_added(base, new, CPU)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    model.resize_token_embeddings(vocabulary_with(base.model, new), mean_resizing=False)
+    model.resize_token_embeddings(vocabulary_with(vocabulary, new), mean_resizing=False)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     assert set(overlay.rows) == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD})
     assert len(added.rows[EMBEDDINGS]) >= 1
@@ -107,7 +106,7 @@ def test_they_are_trained_saved_generated_and_merged(name, more, gpt2_base, llam
 
 def test_what_cannot_be_added_is_refused(gpt2_base, tmp_path):
     tokens = Tokens(gpt2_base, NEW)
-    assert tokens.ids(["a<begin>b"])[0].count(tokens.added_ids[0]) == 1
+    assert tokens.ids(["a<begin>b"])[0].count(tokens.new.ids[0]) == 1
     assert tokens.digest != Tokens(gpt2_base).digest
     for again in ((NEW[0], NEW[0]), (tokens.end_text,)):
         with pytest.raises(JobError, match=r"base.added_tokens: .* is a token already"):
@@ -116,4 +115,4 @@ def test_what_cannot_be_added_is_refused(gpt2_base, tmp_path):
     base = load_base(folder, read_config(folder), torch.float32, CPU, deepspeed_config(memory_config("zero0.json")))
     with pytest.raises(JobError, match='how a "olmo2" computes its logits is not known'):
         attach_added(base, NewTokens(NEW, (320, 321)), CPU)
-    np.testing.assert_equal(vocabulary_with(base.model, None), base.model.config.vocab_size)
+    assert vocabulary_with(320, None) == vocabulary_with(320, NewTokens(NEW, (310, 311))) == 320
