@@ -36,6 +36,9 @@ class Asked:
         """The file that gives a key, or the section that lacks it."""
         place: Any = self.keys
         for part in path:
+            if isinstance(place, list):
+                # It takes the place of the whole list beneath.
+                return self.file
             if not isinstance(place, dict) or part not in place:
                 break
             place = place[part]
