@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.evaluate.score import EvaluationSet, Scores, score
+from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
 from pipeline.job.method import Lora
@@ -194,6 +195,11 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
     delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout, new=tokens.new)
     root = Causal(base.model, base.family, delta.head)
+    if (placed := len(specials_of(job.methods, config.vocab_size) or ())) >= root.context - 1:
+        raise JobError(
+            f"methods: {placed} special tokens fill the base's {root.context} positions. Use fewer.",
+            everywhere=True,
+        )
     root.train()
     if job.memory.gradient_checkpointing:
         checkpointed(base.model, base.family)

@@ -90,6 +90,12 @@ def test_of_several_files_a_later_one_lies_over_an_earlier_one():
     assert message.startswith("jobs/job.toml: train.seed = -1: ")
 
 
+@pytest.mark.parametrize("method", ['kind = "lorra"', 'kind = "lora"\nrnak = 2', 'kind = "lora"\nrank = 0', "rank = 2"])
+def test_a_mistake_in_a_list_is_that_of_the_file_whose_list_it_is(method):
+    assert refused(f"[[methods]]\n{method}\n").startswith("jobs/job.toml: methods[0]")
+    assert refused(f'[[methods]]\nkind = "bitfit"\n[[methods]]\n{method}\n').startswith("jobs/job.toml: methods[1]")
+
+
 def test_a_mistake_is_told_by_its_file():
     assert refused("[train]\nsed = 1\n").startswith('jobs/job.toml: train.sed: unknown key. Did you mean "seed"?')
     write("jobs/common.toml", SHORT + "[train]\nseed = -1\n")

@@ -151,3 +151,10 @@ def test_lora_begins_with_the_same_update_whatever_its_own_alpha(gpt2_base, rank
     one, other = read_run(tmp_path / "12"), read_run(tmp_path / "3")
     assert one.losses[0] == pytest.approx(other.losses[0], rel=1e-6)
     assert one.losses[0] < read_run(tmp_path / "first").losses[0]
+
+
+def test_special_tokens_that_fill_the_context_are_refused(gpt2_base, ranks1, tmp_path):
+    job = job_of(tmp_path, gpt2_base, "prefix_embed")
+    job.write_text(job.read_text().replace("prefix_tokens = 3", "prefix_tokens = 600"))
+    with pytest.raises(RankError, match=r"methods: 602 special tokens fill the base's \d+ positions\. Use fewer"):
+        ranks1.run(train_here, str(job), str(tmp_path / "run"), ("train.steps=1",))
