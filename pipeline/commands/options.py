@@ -1,10 +1,11 @@
-"""Options of the command line that are keys of a job too. A test keeps names, defaults and sentences equal to the job's.
+"""Options of several commands; and those that are keys of a job too: a test keeps names, defaults and sentences equal to the job's.
 
 Not made from the job's types: `--help` answers before pydantic could be imported.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,6 +14,12 @@ from pipeline.job.errors import JobError
 
 if TYPE_CHECKING:
     from pipeline.job.spec import Decoding
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job, a TOML file.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; runs/<job name> when absent.")]
+RankCount = Annotated[int | None, typer.Option("--ranks", min=1, help="Ranks to start here; the GPUs, else 1, when absent.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: train.steps=20.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 
 MaxNewTokens = Annotated[int, typer.Option(help="Longest generated text.")]
 Beams = Annotated[int, typer.Option(help="Beam search over so many; 1: greedy.")]
