@@ -13,15 +13,12 @@ import gc
 import json
 import os
 import threading
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
@@ -30,11 +27,12 @@ from pipeline.model.build import TORCH_DTYPES, checkpointed
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
-from pipeline.model.zero3 import shard_bytes
 from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import gpu_of
 from pipeline.plan.layers import MicroBatch as Batch
 from pipeline.plan.memory import memory, setting
+from pipeline.profile.follow import Follower
+from pipeline.profile.storages import Storages
 from pipeline.tasks.batch import MicroBatch, collate
 from pipeline.tasks.example import Sequence
 from pipeline.tasks.specials import Specials, specials_of
@@ -43,48 +41,6 @@ from pipeline.train.step import Stepper
 
 STEPS = 3
 """ZeRO-3 records its trace in the first two; the last one is measured."""
-_NAME = "_PartitionedParameterCoordinator__all_gather_params"
-_FETCH, _GATHER = PartitionedParameterCoordinator.fetch_sub_module, getattr(PartitionedParameterCoordinator, _NAME)
-
-
-class Storages(TorchDispatchMode):
-    """Live bytes of what was made while it is entered, by who made it; and the most there was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = {"gathered": 0, "other": 0}
-        self.most = dict(self.live)
-        """Of each, at its own moment."""
-        self.total = 0
-        """The most of both together."""
-        self.maker = "other"
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def know(self, tensors: Iterator[torch.Tensor]) -> None:
-        """Storages that were there before."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, maker, count = storage._cdata, self.maker, storage.nbytes()
-        if (known := self._known.get(key)) is not None and known() is not None:
-            return
-
-        def gone(_: object) -> None:
-            self.live[maker] -= count
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live[maker] += count
-        self.most[maker] = max(self.most[maker], self.live[maker])
-        self.total = max(self.total, sum(self.live.values()))
 
 
 def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
@@ -104,42 +60,28 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
         checkpointed(base.model, base.family)
     engine = Engine(root, zero)
     stepper = Stepper(engine, root, delta, job.train, ranks, fp16=job.base.dtype == "fp16")
-    tensors = stepper.optimizer.param_groups[0]["params"]
-    state = [part for one in stepper.optimizer.state.values() for part in one.values()]
-    report: dict[str, Any] = {
-        "load": loading.total,
-        "base_shard": shard_bytes(base.model),
-        "delta": bytes_of(tensors),
-        "gradients": (stepper._flat.numel() + stepper._flat_runs.numel()) * 4,
-        "optimizer": bytes_of(t for t in state if t.dim()),
-    }
-    fixed = sum(report[name] for name in ("base_shard", "delta", "gradients", "optimizer"))
-    storages = Storages()
-    storages.know(iter([*tensors, *state, stepper._flat, stepper._flat_runs]))
-    storages.know(getattr(p, "ds_tensor", p.data) for p in base.model.parameters())
     specials = specials_of(job.methods, config.vocab_size)
     batches = [batch_of(case, number, base.family.packs, ranks, specials) for number in range(case["micro_batches"])]
     targets = sum(len(batch.labels) for batch in batches) * ranks.count
-    with storages, watched_gathers(storages) as gathered, anonymous_peak(anonymous):
-        for step in range(STEPS):
-            gathered[0] = 0
-            gc.collect()
-            storages.total, storages.most = sum(storages.live.values()), dict(storages.live)
-            note = root.register_forward_hook(lambda *_: report.update(kept=storages.live["other"], forward=storages.total))
+    with anonymous_peak(anonymous):
+        for step in range(STEPS - 1):
             stepper(step, batches, targets, 1e-4)
-            note.remove()
-        took, storages.total = storages.total, sum(storages.live.values())
-        stepper.capture()
-    report |= {
+        gc.collect()
+        follower = Follower(stepper.held(), root)
+        with follower:
+            stepper(STEPS - 1, batches, targets, 1e-4)
+        found = follower.found([], batches).bytes
+        saving = Follower(stepper.held(), root)
+        with saving:
+            stepper.capture()
+    return found | {
+        "load": loading.total,
         # One rank has it all.
-        "gathered_elements": gathered[0] if ranks.count > 1 else 0,
-        "gathered": storages.most["gathered"],
-        "forward": report["forward"] + fixed,
-        "step": took + fixed,
-        "save": storages.total + fixed,
+        "gathered_elements": follower.gathers.elements if ranks.count > 1 else 0,
+        "step": found["backward"],
+        "save": saving.found([], batches).bytes["backward"],
         "anonymous": anonymous,
     }
-    return report
 
 
 def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -171,35 +113,6 @@ def views_of(lengths: list[int]) -> list[list[int]]:
             views.append([])
         views[-1].append(length)
     return views
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@contextmanager
-def watched_gathers(storages: Storages) -> Iterator[list[int]]:
-    """Storages made inside DeepSpeed's fetch are gathered weights; the elements of what is gathered are counted."""
-    counted = [0]
-
-    def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before, storages.maker = storages.maker, "gathered"
-        try:
-            return _FETCH(self, *args, **kwargs)
-        finally:
-            storages.maker = before
-
-    def gathering(self: Any, params: Any, forward: bool) -> Any:
-        counted[0] += sum(p.ds_numel for p in params if p.ds_status.name == "NOT_AVAILABLE")
-        return _GATHER(self, params, forward)
-
-    PartitionedParameterCoordinator.fetch_sub_module = fetch
-    setattr(PartitionedParameterCoordinator, _NAME, gathering)
-    try:
-        yield counted
-    finally:
-        PartitionedParameterCoordinator.fetch_sub_module = _FETCH
-        setattr(PartitionedParameterCoordinator, _NAME, _GATHER)
 
 
 def batch_of(case: dict[str, Any], number: int, packed: bool, ranks: Ranks, specials: Specials | None) -> MicroBatch:

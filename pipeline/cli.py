@@ -19,7 +19,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (before.check, before.plan, before.methods, before.fetch, before.data, runs.train, runs.evaluate, texts.generate):
+for command in (
+    before.check,
+    before.plan,
+    before.methods,
+    before.fetch,
+    before.data,
+    runs.profile,
+    runs.train,
+    runs.evaluate,
+    texts.generate,
+):
     app.command()(command)
 app.command()(deltas.merge)
 app.command("import")(deltas.import_)

@@ -89,6 +89,15 @@ class Screen:
                 yield place
             bar.remove_task(task)
 
+    def named(self, label: str, items: Iterable[T], total: int) -> Iterator[T]:
+        """Iterates over `total` items with a bar that goes away when done; an item that is a text says what was done last."""
+        with self._live(transient=True) as bar:
+            task = bar.add_task(label, total=total, note="")
+            for item in items:
+                bar.update(task, advance=1, note=item if isinstance(item, str) else "")
+                yield item
+            bar.remove_task(task)
+
     @contextmanager
     def bytes(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar that goes away when done; what is yielded is told how many bytes there are."""

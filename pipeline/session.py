@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.unknown import family_of, refuse_roles
 from pipeline.plan.choose import Choice, choose
 from pipeline.plan.families import read_shape
-from pipeline.plan.hardware import gpu_of, main_memory_bytes
-from pipeline.plan.memory import setting
+from pipeline.plan.hardware import gpu_of, main_memory_bytes, named
+from pipeline.plan.memory import Setting, setting
 from pipeline.screen import Screen
 from pipeline.tasks.encode import Encoder
 from pipeline.tasks.example import Reason, grouped
@@ -72,6 +73,8 @@ class Session:
     job: Job
     ranks: Ranks
     screen: Screen
+    folder: Path
+    """Of the base."""
     base: LoadedBase
     digests: Future[dict[str, str]] | None
     """sha256 of the base's files, computed beside the first steps; on the first rank only."""
@@ -85,8 +88,15 @@ class Session:
     """Ids that the model knows, added tokens included."""
     base_config: str
     """sha256 of the base's config.json."""
+    zero: dict[str, Any]
+    """The memory configuration, complete."""
     choice: Choice | None
-    """The memory configuration, where the plan chose it."""
+    """Where the plan chose it."""
+
+    @property
+    def setting(self) -> Setting:
+        """What the plan knows this session by."""
+        return _setting(self.job, self.zero, self.folder, self.ranks)
 
     @property
     def train(self) -> Train:
@@ -207,6 +217,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         job,
         ranks,
         screen,
+        folder,
         base,
         digests,
         tokens,
@@ -216,19 +227,32 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         context=root.context,
         vocabulary=vocabulary_with(config.vocab_size, tokens.new),
         base_config=sha256_of(folder / "config.json"),
+        zero=zero,
         choice=choice,
     )
 
 
-def _chosen(job: Job, folder: Path, ranks: Ranks) -> Choice:
-    """The memory configuration that the first rank's plan chooses, on every rank."""
-    local, main = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)), main_memory_bytes()
-    # Of a GPU only its memory matters here.
-    gpu = gpu_of("cpu" if ranks.device.type == "cpu" else "a100-80g")
-    total = main // local if ranks.device.type == "cpu" else torch.cuda.mem_get_info(ranks.device)[1]
+def _setting(job: Job, zero: dict[str, Any] | None, folder: Path, ranks: Ranks) -> Setting:
+    """Of these ranks, on the GPU that they have.
+
+    Args:
+        zero: None: to be chosen.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+    if ranks.device.type == "cpu":
+        gpu = gpu_of("cpu").shared_by(local)
+    else:
+        memory_bytes = torch.cuda.mem_get_info(ranks.device)[1]
+        found = named(torch.cuda.get_device_name(ranks.device), memory_bytes) or gpu_of("a100-80g")
+        gpu = replace(found, memory_bytes=memory_bytes)
     labels = labels_of(sources_of(job.task)[0])
     outputs = 1 if labels is None else len(labels)
-    asked = setting(job, None, read_shape(folder), replace(gpu, memory_bytes=total), ranks.count, -(-ranks.count // local), outputs, None)
-    choice = [choose(replace(asked, main_memory_bytes=main))]
+    return setting(job, zero, read_shape(folder), gpu, ranks.count, -(-ranks.count // local), outputs, None)
+
+
+def _chosen(job: Job, folder: Path, ranks: Ranks) -> Choice:
+    """The memory configuration that the first rank's plan chooses, on every rank."""
+    asked = _setting(job, None, folder, ranks)
+    choice = [choose(replace(asked, main_memory_bytes=main_memory_bytes()))]
     dist.broadcast_object_list(choice)
     return choice[0]

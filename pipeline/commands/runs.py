@@ -91,3 +91,38 @@ def _job_of(run: Path, overrides: list[str] | None) -> Job:
     if not (run / "job.toml").is_file():
         raise JobError(f"{run}: not a run folder: it has no job.toml. Name the folder that zlora train wrote.")
     return read_job(run / "job.toml", tuple(overrides or ()))
+
+
+def profile(
+    job: options.JobFile,
+    run: options.RunFolder = None,
+    ranks: options.RankCount = None,
+    steps: Annotated[int, typer.Option(min=2, help="Real steps as they are, and as many more by the clock.")] = 5,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Take a few real steps of a job and say where their time and memory go; nothing is trained to be kept.
+
+    Writes profile.json, profile.png, trace.json.gz (for a browser's trace viewer) and TensorBoard's events into the run folder.
+
+    Example: zlora profile jobs/e2e/local.toml --ranks 2
+    """
+    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
+    from pipeline.job.read import read_job
+    from pipeline.run_folder import remove_if_empty_handed
+
+    asked = read_job(job, tuple(overrides or ()))
+    folder = run or Path("runs") / job.stem
+    if not inside_ranks():
+        code = launch(sys.argv[1:], ranks)
+        if code == JOB_ERROR:
+            remove_if_empty_handed(folder)
+        sys.exit(code)
+    from pipeline.rank import as_rank
+
+    def body(joined: Ranks, screen: Screen) -> dict[str, Any]:
+        from pipeline.profile.run import profile as profile_here
+
+        return profile_here(asked, folder, joined, screen, steps)
+
+    as_rank(folder, body, as_json)

@@ -148,6 +148,13 @@ def shard_bytes(model: nn.Module) -> int:
     return sum(shard_of(p).numel() * shard_of(p).element_size() for p in model.parameters())
 
 
+def held(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What this rank has of the base at this moment: parameters that are gathered, and its shards."""
+    sharded: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+    whole = [p.data for p in sharded if p.ds_status is ZeroParamStatus.AVAILABLE]
+    return whole, [shard_of(p) for p in model.parameters()]
+
+
 def whole_bytes(model: nn.Module) -> int:
     """Bytes of the whole base."""
     return sum(numel_of(p) * p.element_size() for p in model.parameters())

@@ -7,6 +7,7 @@ reaches; it is an assumption, and the one number to correct by a measured step.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,3 +97,10 @@ def gpu_of(name: str) -> Gpu:
     if len(found) != 1:
         raise JobError(f"--gpu {name}: {'several' if found else 'none'} of that name. Use one of {', '.join(rows)}.")
     return found[0]
+
+
+def named(device: str, memory_bytes: int) -> Gpu | None:
+    """The row of a GPU by its driver's name for it, "NVIDIA A100-SXM4-80GB"; None: there is none."""
+    models = re.findall(r"[A-Z]+\d+[A-Z]?", device.upper())
+    alike = [row for row in gpus().values() if row.name.split("-")[0].upper() in models]
+    return min(alike, key=lambda row: abs(row.memory_bytes - memory_bytes), default=None)

@@ -7,6 +7,8 @@ no backward pass. Checkpointing adds the forward pass again, and takes the backw
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.plan.hardware import ATTAINED
@@ -64,16 +66,38 @@ def work(asked: Setting, found: Memory) -> Work:
     )
 
 
+def model_flops(asked: Setting, lengths: Iterable[int], labels: int) -> tuple[float, float]:
+    """What a step of examples of these lengths needs, and what recomputing adds to it.
+
+    Args:
+        labels: tokens whose logits are computed.
+    """
+    needed, again = float(labels * _head_flops(asked)), 0.0
+    for tokens, count in Counter(lengths).items():
+        own, recomputed = _flops_of_token(asked, tokens)
+        needed += count * tokens * own
+        again += count * tokens * recomputed
+    return needed, again
+
+
 def _flops_per_token(asked: Setting) -> float:
+    return sum(_flops_of_token(asked, asked.example_tokens)) + _head_flops(asked)
+
+
+def _flops_of_token(asked: Setting, example_tokens: int) -> tuple[float, float]:
+    """Of the layers, and of their forward pass once more where it is recomputed."""
     shape, layers = asked.shape, asked.adapted.layers
     # Scores and sums over half of an example's tokens on average, causal; twice as much again backward.
-    attention = 2 * 2 * shape.heads * shape.head_width * asked.example_tokens / 2
+    attention = 2 * 2 * shape.heads * shape.head_width * example_tokens / 2
     matrices = 2 * shape.matmul_parameters / shape.layers
     forward = shape.layers * (matrices + attention)
     back = sum(asked.checkpointing or layer.reached or layer.any for layer in layers)
     backward = back * (matrices + 2 * attention) + sum(layer.weights for layer in layers) * matrices
     # What methods add to a layer is multiplied with every token three times.
     added = 6 * sum(layer.layer_parameters(shape) for layer in layers)
-    # Logits, and in the same pass the gradient of the hidden states and of the weight.
-    head = 0 if asked.head_outputs else (6 if asked.adapted.end.weights else 4) * shape.vocabulary * shape.width
-    return forward + backward + head + added + (forward if asked.checkpointing else 0)
+    return forward + backward + added, forward if asked.checkpointing else 0.0
+
+
+def _head_flops(asked: Setting) -> int:
+    """Logits of a token, and in the same pass the gradient of the hidden states and of the weight."""
+    return 0 if asked.head_outputs else (6 if asked.adapted.end.weights else 4) * asked.shape.vocabulary * asked.shape.width

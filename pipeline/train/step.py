@@ -100,6 +100,7 @@ class Stepper:
         self._flat[-1] = float(self._ranks.stop.asked)
         self._ranks.watch.at("all-reduce of the gradient")
         dist.all_reduce(self._flat)
+        self._ranks.watch.at("updating the delta")
         gradients = (self._flat[:-2], self._flat_runs)
         for gradient in gradients:
             gradient /= scale
@@ -112,6 +113,12 @@ class Stepper:
         suspects = tuple(number for number, own in enumerate(losses) if not math.isfinite(own)) if bad else ()
         self._skip(lower_scale=not bad)
         return StepResult(loss, norm, scale, bad, suspects, bool(stop))
+
+    def held(self) -> dict[str, list[torch.Tensor]]:
+        """What this rank has of the master weights, of their gradients and of the moments."""
+        weights = [*self._tensors.values(), *(shard.master for shard in self._shards.values())]
+        moments = [self.optimizer.state[tensor][kind] for tensor in weights for kind in _KINDS[1:]]
+        return {"delta": weights, "gradients": [self._flat, self._flat_runs], "optimizer": moments}
 
     def progress(self) -> dict[str, Any]:
         """The counters that belong to the optimizer, by their names in a state's `Progress`."""
