@@ -47,15 +47,9 @@ class Facts:
 
 def judge(facts: Facts) -> list[str]:
     """Sentences, the most important first; each names what to change."""
-    found = [
-        (facts.shares.get("data", 0.0), _data(facts)),
-        (facts.shares.get("gather", 0.0), _gather(facts)),
-        (facts.shares.get("reduce", 0.0), _reduce(facts)),
-        (facts.shares.get("save", 0.0), "saves: training stands still for them; set train.save_every_steps higher."),
-        (facts.shares.get("optimizer", 0.0), "the update: the delta is large beside the work of a step; raise train.batch_examples."),
-    ]
-    bound = sorted((share, text) for share, text in found if share >= _BOUND)
-    said = [f"{100 * share:.0f} % of a step is {text}" for share, text in reversed(bound)]
+    sentences = {"data": _data, "gather": _gather, "reduce": _reduce, "save": _save, "optimizer": _update}
+    bound = sorted((share, name) for name, share in facts.shares.items() if name in sentences and share >= _BOUND)
+    said = [f"{100 * share:.0f} % of a step is {sentences[name](facts)}" for share, name in reversed(bound)]
     if facts.invalidations:
         said.append(
             f"ZeRO-3's trace broke {facts.invalidations} times: modules ran in another order than before, so nothing was gathered ahead. "
@@ -81,11 +75,19 @@ def _computing(facts: Facts) -> str:
     return f"compute-bound: {share:.0f} % of a step computes, which is as it should be."
 
 
-def _data(facts: Facts) -> str:
+def _data(_: Facts) -> str:
     return (
         "dealing and reading examples (data-bound): the base is small beside the cost of an example, or the token cache is on a slow disk: "
         "XDG_CACHE_HOME puts it on a local one. A larger base or longer examples hide it."
     )
+
+
+def _save(_: Facts) -> str:
+    return "saves: training stands still for them; set train.save_every_steps higher."
+
+
+def _update(_: Facts) -> str:
+    return "the update: the delta is large beside the work of a step; raise train.batch_examples."
 
 
 def _gather(facts: Facts) -> str:
@@ -94,7 +96,7 @@ def _gather(facts: Facts) -> str:
     if facts.whole_fits and facts.sharded:
         return words + 'the base fits whole on every rank: memory.config = "auto" or zero0.json gathers nothing.'
     computing = facts.shares.get("forward", 0.0) + facts.shares.get("backward", 0.0)
-    wanted = int(facts.micro_batch_tokens * max(1.0, facts.shares["gather"] / max(computing, 1e-9)))
+    wanted = round(facts.micro_batch_tokens * max(1.0, facts.shares["gather"] / max(computing, 1e-9)))
     if facts.micro_batches > 1:
         most = facts.largest_micro_batch_tokens
         room = f" (the plan has room for {most:,})" if most and most > facts.micro_batch_tokens else ""
