@@ -216,7 +216,7 @@ def _facts(
         sharded=is_sharded(session.root),
         whole_fits=memory(whole).peak <= asked.gpu.memory_bytes,
         largest_micro_batch_tokens=largest_micro_batch(asked),
-        peak_bytes=peak,
+        peak_bytes=peak + asked.gpu.context_bytes,
         capacity_bytes=asked.gpu.memory_bytes,
         largest_part=largest,
         largest_part_share=parts[largest] / peak,
