@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, runs, texts
+from pipeline.commands import before, deltas, machine, runs, texts
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
 app.command()(deltas.merge)
 app.command("import")(deltas.import_)
 app.command()(texts.score)
+app.command()(machine.doctor)
 
 
 def main() -> None:

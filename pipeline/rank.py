@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from pipeline.job.spec import Train
     from pipeline.train.engine import Ranks
 
-_PATIENCE_S = 1800.0
 _LEASE_S = 120.0
 """For which a file server may hold the lock of a machine that died: NFS waits 90 s."""
 
 
 def as_rank(
-    run: Path | None, body: Callable[[Ranks, Screen], dict[str, Any] | None], as_json: bool = False, training: Train | None = None
+    run: Path | None,
+    body: Callable[[Ranks, Screen], dict[str, Any] | None],
+    as_json: bool = False,
+    training: Train | None = None,
+    patience_s: float = 1800.0,
 ) -> NoReturn:
     """Runs `body` as one rank of many and ends the process.
 
@@ -35,6 +38,7 @@ def as_rank(
         run: the run folder, for the logs; None: nothing is written.
         as_json: the body's answer, if it has one, is printed as one JSON object on standard output, all else on standard error.
         training: the body trains: the run folder is held, signals are requests to stop, the watchdog watches.
+        patience_s: with the other ranks, where it does not train.
     """
     die_with_parent()
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -66,7 +70,7 @@ def as_rank(
         watch.at("waiting for the other ranks")
         if training and run:
             watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
-        ranks = join_ranks(training.timeout_s if training else _PATIENCE_S, stop, watch)
+        ranks = join_ranks(training.timeout_s if training else patience_s, stop, watch)
         if ranks.first:
             report_start()
         screen = Screen(terminal if as_json else out, shown=ranks.first, out=out)

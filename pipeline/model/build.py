@@ -16,6 +16,7 @@ from pipeline.model.head import Head
 from pipeline.model.linear import replace_linears
 from pipeline.model.pooler import Pooler
 from pipeline.model.unknown import family_of
+from pipeline.plan.hardware import computes_bf16, without_kernels
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,17 +63,11 @@ def require_dtype(dtype: str, device: torch.device) -> torch.dtype:
         JobError: bf16 on a GPU without it (V100 and older), or a GPU that this torch build has no kernels for.
     """
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        built = torch.cuda.get_arch_list()
-        # Kernels run on later chips of the same generation too.
-        if built and not any(f"sm_{major}{older}" in built for older in range(minor + 1)):
-            raise JobError(
-                f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): torch {torch.__version__} has no kernels for it, "
-                f"only for {', '.join(built)}. Install a build that has them: make setup TORCH=..., a cu126 one for V100."
-            )
-    if dtype == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        raise JobError(f'base.dtype = "bf16": {name} does not compute in bf16. Use "fp16" (loss scaling is automatic) or "fp32".')
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if problem := without_kernels(name, capability, tuple(torch.cuda.get_arch_list()), torch.__version__):
+            raise JobError(problem)
+        if dtype == "bf16" and not computes_bf16(capability):
+            raise JobError(f'base.dtype = "bf16": {name} does not compute in bf16. Use "fp16" (loss scaling is automatic) or "fp32".')
     return TORCH_DTYPES[dtype]
 
 

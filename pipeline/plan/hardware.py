@@ -104,3 +104,24 @@ def named(device: str, memory_bytes: int) -> Gpu | None:
     models = re.findall(r"[A-Z]+\d+[A-Z]?", device.upper())
     alike = [row for row in gpus().values() if row.name.split("-")[0].upper() in models]
     return min(alike, key=lambda row: abs(row.memory_bytes - memory_bytes), default=None)
+
+
+def without_kernels(name: str, capability: tuple[int, int], built: tuple[str, ...], torch_version: str) -> str | None:
+    """Why a torch build cannot compute on a GPU, and the repair; None where it can.
+
+    Args:
+        built: the architectures that it has kernels for: "sm_80", ...
+    """
+    major, minor = capability
+    # Kernels run on later chips of the same generation too.
+    if not built or any(f"sm_{major}{older}" in built for older in range(minor + 1)):
+        return None
+    return (
+        f"{name} (sm_{major}{minor}): torch {torch_version} has no kernels for it, "
+        f"only for {', '.join(built)}. Install a build that has them: make setup TORCH=..., a cu126 one for V100."
+    )
+
+
+def computes_bf16(capability: tuple[int, int]) -> bool:
+    """Whether a GPU does, rather than imitate it."""
+    return capability >= (8, 0)

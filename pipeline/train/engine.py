@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -44,6 +45,8 @@ class Ranks:
     watch: Watchdog = field(default_factory=Watchdog)
     """Is told where this rank is."""
     stop: StopRequest = field(default_factory=StopRequest)
+    joined_s: float = 0.0
+    """It took to meet the others; the last one to come did not wait for any."""
 
     @property
     def first(self) -> bool:
@@ -83,14 +86,15 @@ def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None, watch
         device = torch.device("cuda", local if local < torch.cuda.device_count() else 0)
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
-    rendezvous = os.environ.get("ZLORA_RENDEZVOUS", "env://")
+    rendezvous, begun = os.environ.get("ZLORA_RENDEZVOUS", "env://"), time.perf_counter()
     dist.init_process_group(
         "nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=2 * timeout_s + 60)
     )
+    joined_s = time.perf_counter() - begun
     # DeepSpeed would compile a shared-memory all-reduce here, which needs a compiler and a minute, and which nothing below calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    return Ranks(rank, count, local, device, watch or Watchdog(rank), stop or StopRequest())
+    return Ranks(rank, count, local, device, watch or Watchdog(rank), stop or StopRequest(), joined_s)
 
 
 def first_rank_alone(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
