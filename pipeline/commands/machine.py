@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,9 @@ _PATIENCE_S = 30.0
 
 def doctor(
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Where runs are to be written; runs/ when absent.")] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Inside an allocation: also look at the network of so many nodes.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Inside an allocation: also look at the network of so many nodes.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Can this machine run it? Libraries, GPUs, disks, limits, Slurm, and three steps on two ranks as proof; each problem with its repair.
@@ -53,7 +56,9 @@ def _on_a_rank(run: Path | None, nodes: int | None, as_json: bool, proof: bool) 
     from pipeline.rank import as_rank
 
     if not proof and nodes is None:
-        raise JobError("zlora doctor starts its own ranks, and these are ranks already. Run it once for each node, or give --nodes.", True)
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
+        raise JobError("zlora doctor starts its own ranks, and these are ranks already. Run it once for each node, or give --nodes.")
 
     def steps(ranks: Ranks, screen: Screen) -> dict[str, Any]:
         from pipeline.doctor.steps import take_steps

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ _ANOTHER = {
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder as it was found. It, or the nearest one above it that exists."""
+    """A folder as it was found, or, where it does not exist yet, the nearest one above it."""
 
     name: str
     folder: Path
@@ -78,16 +77,15 @@ def look_at_disks(folders: dict[str, Path], told: Callable[[str], None]) -> list
         nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
         # What a file system does once it does again.
         known = next((disk for disk in disks if disk.device == nearest.stat().st_dev and not disk.refused), None)
-        disks.append(_look(name, nearest, known))
+        disks.append(_look(Disk(name, folder.absolute(), nearest.stat().st_dev), nearest, known))
     return disks
 
 
-def _look(name: str, folder: Path, known: Disk | None) -> Disk:
-    disk = Disk(name, folder, folder.stat().st_dev)
+def _look(disk: Disk, nearest: Path, known: Disk | None) -> Disk:
     try:
-        counts = os.statvfs(folder)
-        disk = replace(disk, free_bytes=shutil.disk_usage(folder).free, free_files=counts.f_favail if counts.f_files else None)
-        with tempfile.TemporaryDirectory(prefix=".zlora-doctor-", dir=folder) as own:
+        counts = os.statvfs(nearest)
+        disk = replace(disk, free_bytes=counts.f_bavail * counts.f_frsize, free_files=counts.f_favail if counts.f_files else None)
+        with tempfile.TemporaryDirectory(prefix=".zlora-doctor-", dir=nearest) as own:
             if known:
                 return replace(disk, write_bytes_s=known.write_bytes_s, read_bytes_s=known.read_bytes_s, locks=known.locks)
             disk = replace(disk, locks=_locks(Path(own) / "lock"))
@@ -139,8 +137,11 @@ def judge_disk(disk: Disk) -> list[Finding]:
     """Room and speed are one finding, locks another where files are locked."""
     another = _ANOTHER[disk.name]
     if disk.refused:
-        repair = f"Make it writable, or {another}."
-        return [Finding(_GROUP, disk.name, f"{disk.folder}: {disk.refused}", "problem", repair)]
+        # What is there already can be read, and that may be all.
+        if disk.name == "hub's cache":
+            repair = f"zlora fetch cannot bring anything there: make it writable, or {another}. Nothing to do where all you need is there."
+            return [Finding(_GROUP, disk.name, f"{disk.folder}: {disk.refused}", "warning", repair)]
+        return [Finding(_GROUP, disk.name, f"{disk.folder}: {disk.refused}", "problem", f"Make it writable, or {another}.")]
     speed = ""
     if disk.write_bytes_s is not None and disk.read_bytes_s is not None:
         speed = f"; writes {disk.write_bytes_s / 1e6:,.0f}, reads {disk.read_bytes_s / 1e6:,.0f} MB/s"
@@ -161,5 +162,7 @@ def _room(disk: Disk, value: str, another: str) -> Finding:
     if disk.free_bytes < _AMPLE_BYTES[disk.name]:
         return Finding(_GROUP, disk.name, value, "warning", f"Little room: zlora plan JOB says what a run needs. Or {another}.")
     if min(disk.write_bytes_s or _SLOW_BYTES_S, disk.read_bytes_s or _SLOW_BYTES_S) < _SLOW_BYTES_S:
-        return Finding(_GROUP, disk.name, value, "warning", f"Slow: loading a base and saving states will take long. If there is one, {another}.")
+        return Finding(
+            _GROUP, disk.name, value, "warning", f"Slow: loading a base and saving states will take long. If there is one, {another}."
+        )
     return Finding(_GROUP, disk.name, value)

@@ -44,6 +44,9 @@ class Gpus:
     """Why torch can use none of them; empty: it can."""
     devices: tuple[Device, ...]
     nccl: str | None
+    cpu_failed: str
+    """As of a device."""
+    gloo: bool
 
     @property
     def usable(self) -> int:
@@ -54,7 +57,7 @@ def judge_gpus(found: Gpus) -> list[Finding]:
     """Nothing is wrong with a machine without GPUs: its ranks are on the CPU."""
     if not found.shown:
         where = f"none: CUDA_VISIBLE_DEVICES={found.hidden} shows none" if found.hidden is not None and found.driver else "none here"
-        return [Finding(_GROUP, "GPUs", f"{where}; ranks compute on the CPU")]
+        return [Finding(_GROUP, "GPUs", f"{where}; ranks compute on the CPU"), *(_on_the_cpu(found) if found.torch else [])]
     if not found.torch:
         return [Finding(_GROUP, "GPUs", f"{found.shown} by the driver {found.driver}; torch does not load")]
     if found.unusable or not found.devices:
@@ -75,6 +78,16 @@ def judge_gpus(found: Gpus) -> list[Finding]:
         *_computing(found),
     ]
     return [*findings, _busy(found), *_nccl(found)]
+
+
+def _on_the_cpu(found: Gpus) -> list[Finding]:
+    another = "Install one of torch's own builds: make setup TORCH=..."
+    computes = Finding(_GROUP, "bf16, fp16", "the CPU computes in both")
+    if found.cpu_failed:
+        computes = Finding(_GROUP, "bf16, fp16", found.cpu_failed, "problem", another)
+    if not found.gloo:
+        return [computes, Finding(_GROUP, "NCCL", f"not needed, but torch {found.torch} has no gloo for CPU ranks", "problem", another)]
+    return [computes, Finding(_GROUP, "NCCL", "not needed: CPU ranks talk by gloo")]
 
 
 def _unusable(found: Gpus) -> Finding:

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from pipeline.doctor.finding import Finding, Group
 
 _GROUP: Group = "Python and libraries"
-_LOADED = ("torch", "deepspeed", "transformers")
+LOADED = ("torch", "deepspeed", "transformers")
 _OLDEST = (3, 10)
 _SLOW_S = 30.0
 """From a local disk the three load in 3 s; thousands of small files on a slow file server take minutes, for each rank."""
@@ -36,19 +36,20 @@ class Libraries:
 
 def judge_libraries(found: Libraries) -> list[Finding]:
     """One finding for each of the libraries that a rank loads, one for all the others."""
-    findings = [_python(found)]
+    first: dict[str, Finding] = {}
     rest = []
     for line in found.required:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         one = _library(found, requirement)
-        if requirement.name in _LOADED:
-            findings.append(one)
+        if requirement.name in LOADED:
+            first[requirement.name] = one
         else:
             rest.append(one)
     wrong = [finding for finding in rest if finding.state != "good"]
-    return [*findings, *wrong, *([Finding(_GROUP, "other libraries", f"{len(rest)}, as required")] if not wrong else []), _compiled(found)]
+    others = wrong or [Finding(_GROUP, "other libraries", f"{len(rest)}, as required")]
+    return [_python(found), *(first[name] for name in LOADED if name in first), _compiled(found), *others]
 
 
 def _python(found: Libraries) -> Finding:

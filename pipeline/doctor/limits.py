@@ -7,7 +7,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.doctor.finding import Finding, Group
+from pipeline.doctor.finding import Finding, Group, State
 from pipeline.plan.hardware import GIB, main_memory_bytes
 from pipeline.screen import size_text
 
@@ -84,8 +84,8 @@ def _shared(found: Limits, gpus: int) -> Finding:
     value = f"/dev/shm: {size_text(found.shared_bytes)} free"
     # Only NCCL needs it, between GPUs of one machine.
     if gpus > 1 and found.shared_bytes < _AMPLE_SHARED_BYTES:
-        state = "problem" if found.shared_bytes < _SHARED_BYTES else "warning"
-        return Finding(_GROUP, "shared memory", f"{value}, for NCCL between {gpus} GPUs", "problem" if state == "problem" else "warning", repair)
+        state: State = "problem" if found.shared_bytes < _SHARED_BYTES else "warning"
+        return Finding(_GROUP, "shared memory", f"{value}, for NCCL between {gpus} GPUs", state, repair)
     return Finding(_GROUP, "shared memory", value)
 
 

@@ -22,11 +22,11 @@ from typing import Any
 from pipeline.cluster.launch import visible_gpus
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.gpus import Device, Gpus
-from pipeline.doctor.libraries import Libraries
+from pipeline.doctor.libraries import LOADED, Libraries
+from pipeline.plan.hardware import computes_bf16
 from pipeline.screen import take_terminal
 
 _PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.doctor.look import tell; tell()"
-_LOADED = ("torch", "deepspeed", "transformers")
 _LONGEST_S = 300.0
 
 
@@ -77,7 +77,7 @@ def tell() -> None:
     """In that process: everything, as one line."""
     out, _ = take_terminal(None, 0)
     begun, broken = time.perf_counter(), {}
-    for name in _LOADED:
+    for name in LOADED:
         try:
             importlib.import_module(name)
         except Exception as error:
@@ -95,7 +95,7 @@ def _required() -> tuple[str, ...]:
     try:
         return tuple(line for line in requires("zlora") or () if "extra ==" not in line)
     except PackageNotFoundError:
-        return _LOADED
+        return LOADED
 
 
 def _versions(required: tuple[str, ...]) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _gpus(without_torch: bool) -> Gpus:
     driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text(encoding="utf-8")) if file.exists() else None
     seen = (visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"), driver[0] if driver else "")
     if without_torch:
-        return Gpus(*seen, torch="", cuda=None, built=(), unusable="", devices=(), nccl=None)
+        return Gpus(*seen, torch="", cuda=None, built=(), unusable="", devices=(), nccl=None, cpu_failed="", gloo=False)
     import torch
 
     unusable, devices = "", []
@@ -135,21 +135,32 @@ def _gpus(without_torch: bool) -> Gpus:
             unusable = _first_line(error)
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda and torch.distributed.is_nccl_available() else None
     built = tuple(torch.cuda.get_arch_list()) if devices else ()
-    return Gpus(*seen, torch.__version__, torch.version.cuda, built, unusable, tuple(devices), nccl)
+    on_cpu = _failed(torch, torch.device("cpu"), bf16=True)
+    gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    return Gpus(*seen, torch.__version__, torch.version.cuda, built, unusable, tuple(devices), nccl, on_cpu, gloo)
 
 
 def _device(torch: Any, place: int) -> Device:
-    properties, failed = torch.cuda.get_device_properties(place), ""
-    free = total = properties.total_memory
+    properties = torch.cuda.get_device_properties(place)
+    capability = (properties.major, properties.minor)
+    failed = _failed(torch, torch.device("cuda", place), computes_bf16(capability))
     try:
         free, total = torch.cuda.mem_get_info(place)
-        for dtype in (torch.float16, torch.float32, *((torch.bfloat16,) if properties.major >= 8 else ())):
-            ones = torch.ones(64, 64, dtype=dtype, device=torch.device("cuda", place))
-            if float((ones @ ones).float().sum()) != 64.0**3:
-                failed = f"a matrix product in {dtype} is wrong"
     except Exception as error:
-        failed = _first_line(error)
-    return Device(properties.name, (properties.major, properties.minor), total, free, failed)
+        return Device(properties.name, capability, properties.total_memory, 0, _first_line(error))
+    return Device(properties.name, capability, total, free, failed)
+
+
+def _failed(torch: Any, device: Any, bf16: bool) -> str:
+    """What a matrix product on a device says that does not work there."""
+    try:
+        for dtype in (torch.float32, torch.float16, *((torch.bfloat16,) if bf16 else ())):
+            ones = torch.ones(64, 64, dtype=dtype, device=device)
+            if float((ones @ ones).float().sum()) != 64.0**3:
+                return f"a matrix product in {dtype} is wrong"
+    except Exception as error:
+        return _first_line(error)
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -190,7 +190,7 @@ def _faster(backend: str, place: Place) -> str:
 
 def _clock(found: Network) -> Finding:
     node, (ahead, bound) = max(found.clocks.items(), key=lambda item: abs(item[1][0]))
-    value = f"{abs(ahead) * 1e3:.1f} ms at most (± {bound * 1e3:.1f})"
+    value = f"{abs(ahead) * 1e3:.1f} ms apart at most (± {bound * 1e3:.1f})"
     # Certainly too much, not just possibly.
     if abs(ahead) - bound <= _SKEW_S:
         return Finding(_GROUP, "clocks", value)

@@ -36,4 +36,4 @@ def _verdict(findings: Sequence[Finding]) -> str:
     counted = " and ".join(f"{count} {word}{'s'[: count != 1]}" for count, word in ((problems, "problem"), (warnings, "warning")) if count)
     if problems:
         return f"{counted}: mend what is marked BAD, then run zlora doctor again."
-    return f"All that was looked at can train{f'; {counted}' if counted else ''}."
+    return f"No problem found{f'; {counted}' if counted else ''}."

@@ -30,7 +30,7 @@ class Slurm:
     nodes: tuple[str, ...]
     """Hosts of the allocation."""
     unresolved: tuple[str, ...]
-    """Those of them whose names mean nothing here."""
+    """Those of them, and MASTER_ADDR, whose names mean nothing here."""
 
 
 def look_at_slurm() -> Slurm:
@@ -41,7 +41,8 @@ def look_at_slurm() -> Slurm:
     nodes: tuple[str, ...] = ()
     if listed := os.environ.get("SLURM_JOB_NODELIST"):
         nodes = tuple(_told("show", "hostnames", listed)[0].split())
-    return Slurm(missing, version, refused, os.environ.get("SLURM_JOB_ID"), nodes, tuple(node for node in nodes if not _resolves(node)))
+    meeting = filter(None, (*nodes, os.environ.get("MASTER_ADDR")))
+    return Slurm(missing, version, refused, os.environ.get("SLURM_JOB_ID"), nodes, tuple(host for host in meeting if not _resolves(host)))
 
 
 def _told(*arguments: str) -> tuple[str, str]:
@@ -78,7 +79,9 @@ def judge_slurm(found: Slurm) -> list[Finding]:
         repair = "This machine belongs to no cluster. Where it should, SLURM_CONF names the cluster's slurm.conf."
         return [Finding(_GROUP, "Slurm", "its commands are here, a slurm.conf is not", "warning", repair)]
     if found.refused:
-        repair = "scontrol ping says more. The administrator restarts slurmctld, or this machine's SLURM_CONF and munge are not the cluster's."
+        repair = (
+            "scontrol ping says more. The administrator restarts slurmctld, or this machine's SLURM_CONF and munge are not the cluster's."
+        )
         return [Finding(_GROUP, "Slurm", f"{found.version}, the controller does not answer: {found.refused}", "problem", repair)]
     findings = [Finding(_GROUP, "Slurm", f"{found.version}, the controller answers")]
     if found.job:
