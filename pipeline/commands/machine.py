@@ -21,9 +21,7 @@ _PATIENCE_S = 30.0
 
 def doctor(
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Where runs are to be written; runs/ when absent.")] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Inside an allocation: also look at the network of so many nodes.")
-    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Inside an allocation: also measure the network of so many.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Can this machine run it? Libraries, GPUs, disks, limits, Slurm, and three steps on two ranks as proof; each problem with its repair.

@@ -118,12 +118,19 @@ def _speeds(file: Path) -> tuple[float, float]:
     block = os.urandom(_BLOCK_BYTES)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        written = _timed(lambda: (os.write(descriptor, block), os.fdatasync(descriptor))[0])
+        written = _timed(lambda: _write(descriptor, block))
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.lseek(descriptor, 0, os.SEEK_SET)
         return written, _timed(lambda: len(os.read(descriptor, _BLOCK_BYTES)))
     finally:
         os.close(descriptor)
+
+
+def _write(descriptor: int, block: bytes) -> int:
+    count = os.write(descriptor, block)
+    # After each block: a disk is not to be given more than it can take in time.
+    os.fdatasync(descriptor)
+    return count
 
 
 def _timed(move: Callable[[], int]) -> float:
@@ -163,6 +170,6 @@ def _room(disk: Disk, value: str, another: str) -> Finding:
         return Finding(_GROUP, disk.name, value, "warning", f"Little room: zlora plan JOB says what a run needs. Or {another}.")
     if min(disk.write_bytes_s or _SLOW_BYTES_S, disk.read_bytes_s or _SLOW_BYTES_S) < _SLOW_BYTES_S:
         return Finding(
-            _GROUP, disk.name, value, "warning", f"Slow: loading a base and saving states will take long. If there is one, {another}."
+            _GROUP, disk.name, value, "warning", f"Slow to load a base from and to save states to. If there is a faster disk, {another}."
         )
     return Finding(_GROUP, disk.name, value)

@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.cluster.launch import visible_gpus
+from pipeline.doctor.allocation import look_at_network, ranks_per_node, refuse_outside
 from pipeline.doctor.disks import judge_disk, look_at_disks, places
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.gpus import judge_gpus
 from pipeline.doctor.libraries import judge_libraries
 from pipeline.doctor.limits import judge_limits, look_at_limits
 from pipeline.doctor.look import Look
-from pipeline.doctor.network import judge_network, look_at_network, ranks_per_node, refuse_outside
+from pipeline.doctor.network import judge_network
 from pipeline.doctor.proof import grounds, judge_proof, prove
 from pipeline.doctor.slurm import judge_slurm, look_at_slurm
 

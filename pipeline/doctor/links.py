@@ -1,4 +1,4 @@
-"""On every rank of an allocation: how ranks are connected, measured; whether the nodes are alike, agree on the time and share the run folder.
+"""On every rank of an allocation: how fast ranks talk; whether nodes are alike, agree on the time and share the run folder.
 
 Bandwidth is what one direction of a link carries: of an all-gather (n - 1) / n of its output, of an all-reduce twice that of its
 input, by its time. Within a node: of one rank. Between nodes: of a whole node, all ranks with one local number talking at once.

@@ -1,27 +1,19 @@
-"""The network of an allocation: ranks of all its nodes are started by srun and measure it, and what they found is judged. No torch."""
+"""The network of an allocation, as its ranks have measured it (links.py), against what the plan assumes. No torch."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.cluster.launch import PROGRAM, visible_gpus
 from pipeline.doctor.finding import Finding, Group, State
-from pipeline.job.errors import JobError
 from pipeline.plan.hardware import gpu_of
 
 _GROUP: Group = "Ranks and network"
-_LONGEST_S = 300.0
 _SKEW_S = 1.0
 """Beyond it files seem to come from the future, and logs of two nodes cannot be laid side by side. (Kerberos and munge bear minutes.)"""
 _SLOW, _BROKEN = 0.5, 0.1
-"""Share of the plan's figure: worth a look; another way than the plan's is taken (TCP instead of InfiniBand, main memory instead of NVLink)."""
+"""Share of the plan's figure: worth a look; bytes go another way than the plan's (TCP for InfiniBand, main memory for NVLink)."""
 _MIB = 1 << 20
 
 
@@ -75,61 +67,6 @@ def network_of(facts: dict[str, Any]) -> Network:
     )
 
 
-def refuse_outside(nodes: int) -> None:
-    """Raises:
-    JobError: this is no allocation, or too small a one.
-    """
-    if not os.environ.get("SLURM_JOB_ID"):
-        raise JobError(
-            f"--nodes {nodes}: this is no Slurm allocation. Get one (salloc --nodes={nodes} --gpus-per-node=8 --ntasks-per-node=8), "
-            "or start the doctor on every rank by torchrun."
-        )
-    if (there := int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))) < nodes:
-        raise JobError(f"--nodes {nodes}: this allocation has {there}. Use at most {there}.")
-
-
-def ranks_per_node() -> int:
-    """One for each GPU; without any, as many as the allocation has tasks, but two so that they have somebody to talk to."""
-    if gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", "0") or 0) or visible_gpus():
-        return gpus
-    tasks = os.environ.get("SLURM_NTASKS_PER_NODE", "")
-    return min(int(tasks) if tasks.isdigit() else 2, int(os.environ.get("SLURM_CPUS_ON_NODE", "2")))
-
-
-def look_at_network(nodes: int, run: Path | None) -> Network | Finding:
-    """Through ranks on so many nodes of this allocation; or, if it comes to nothing, that."""
-    each = ranks_per_node()
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1", "--overlap"]
-    command += [sys.executable, "-c", PROGRAM, "doctor", f"--nodes={nodes}", "--json", *(["--run", str(run)] if run else [])]
-    # A rank of another step must not be taken for one of this.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return _failed(f"{nodes * each} ranks on {nodes} nodes came to no end in {_LONGEST_S:.0f} s")
-    except OSError as error:
-        return _failed(f"srun: {error}")
-    lines = done.stdout.strip().splitlines()
-    if not lines or not lines[-1].startswith("{"):
-        return _failed(_cause(done.stderr) or f"srun: exit code {done.returncode}")
-    return network_of(json.loads(lines[-1])["network"])
-
-
-def _cause(text: str) -> str:
-    """A rank's own words rather than Slurm's about it."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-    return (own or lines or [""])[0].removeprefix("error: ")
-
-
-def _failed(why: str) -> Finding:
-    repair = (
-        "Ranks meet at the first node: its name must resolve on all of them (or set MASTER_ADDR), a firewall must let ports 20000-65535 "
-        "through, and GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME name the interface where there are several."
-    )
-    return Finding(_GROUP, "rendezvous", why, "problem", repair)
-
-
 def judge_network(found: Network, asked: int) -> list[Finding]:
     """Against what the plan assumes (pipeline/plan/hardware.py).
 
@@ -181,7 +118,7 @@ def _faster(backend: str, place: Place) -> str:
     if backend != "nccl":
         return "zlora plan's times are too short by that. Other work on these cores, or a slow interface: GLOO_SOCKET_IFNAME names another."
     if place == "within":
-        return 'NCCL_DEBUG=INFO must say "via P2P"; nvidia-smi topo -m shows how GPUs are connected. zlora plan\'s times are too short by that.'
+        return 'NCCL_DEBUG=INFO must say "via P2P"; nvidia-smi topo -m shows how GPUs are connected.'
     return (
         'NCCL_DEBUG=INFO must say "NET/IB", not "NET/Socket": NCCL_IB_HCA and NCCL_SOCKET_IFNAME name the network. '
         "Until then zero_hpz_partition_size keeps gathers within nodes (ds_configs/zero3_node.json)."

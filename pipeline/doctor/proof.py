@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.cluster.launch import launch
 from pipeline.doctor.finding import Finding, Group
@@ -146,9 +145,9 @@ def _repair(proof: Proof) -> str:
     if "out of memory" in told or "sigkill" in told:
         return "Free memory: other processes hold it, or the batch system lets this one have too little."
     if "came to no end" in told:
-        return "Ranks cannot reach each other: NCCL_DEBUG=INFO (GPUs) says where; GLOO_SOCKET_IFNAME=lo helps where the host name does not resolve."
+        return "Ranks cannot reach each other: NCCL_DEBUG=INFO says where on GPUs; on CPU ranks try GLOO_SOCKET_IFNAME=lo."
     if "nccl" in told:
-        return "NCCL_DEBUG=INFO zlora doctor shows NCCL's own reason; NCCL_P2P_DISABLE=1 helps where a virtual machine hides how GPUs are connected."
+        return "NCCL_DEBUG=INFO shows NCCL's own reason; try NCCL_P2P_DISABLE=1 where a virtual machine hides how GPUs are connected."
     if "gloo" in told or "connect" in told or "resolve" in told:
         return "Put this machine's name into /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface that is up."
     return "Repair what is named above, then run zlora doctor again."

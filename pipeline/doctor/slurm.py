@@ -79,9 +79,7 @@ def judge_slurm(found: Slurm) -> list[Finding]:
         repair = "This machine belongs to no cluster. Where it should, SLURM_CONF names the cluster's slurm.conf."
         return [Finding(_GROUP, "Slurm", "its commands are here, a slurm.conf is not", "warning", repair)]
     if found.refused:
-        repair = (
-            "scontrol ping says more. The administrator restarts slurmctld, or this machine's SLURM_CONF and munge are not the cluster's."
-        )
+        repair = "scontrol ping says more: slurmctld is down, or this machine's SLURM_CONF or munge key is not the cluster's."
         return [Finding(_GROUP, "Slurm", f"{found.version}, the controller does not answer: {found.refused}", "problem", repair)]
     findings = [Finding(_GROUP, "Slurm", f"{found.version}, the controller answers")]
     if found.job:
