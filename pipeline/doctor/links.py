@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ _TIMES = {1 << 20: 20, 16 << 20: 6, 64 << 20: 3}
 """Bytes of a collective -> how often it is timed."""
 _TIMES_ON_GPUS = {256 << 20: 5}
 _PINGS = 5
+_MEASURED = count()
+"""A name in the store is used once."""
 _SEEN_S = 5.0
 """A file server may tell of a new file so late."""
 
@@ -148,11 +151,11 @@ def _clocks(ranks: Ranks, hosts: list[str], leaders: list[int], clock: Callable[
 
     By way of the store, whatever the ranks compute on: the midpoint between sending and hearing is when the other one answered.
     """
-    store, found = dist.distributed_c10d._get_default_store(), {hosts[0]: (0.0, 0.0)}
+    store, found, measured = dist.distributed_c10d._get_default_store(), {hosts[0]: (0.0, 0.0)}, next(_MEASURED)
     for leader in leaders[1:]:
         best = (0.0, float("inf"))
         for ping in range(_PINGS):
-            name = f"clock {leader} {ping}"
+            name = f"clock {measured} {leader} {ping}"
             if ranks.first:
                 sent, begun = clock(), time.perf_counter()
                 store.set(f"{name} asked", "")

@@ -42,7 +42,7 @@ def take_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
     if ranks.device.type == "cuda":
         asked = "bf16" if computes_bf16(torch.cuda.get_device_capability(ranks.device)) else "fp16"
     dtype = require_dtype(asked, ranks.device)
-    base = Path(from_first(ranks, "doctor's base", lambda: str(_make_base(folder / "base"))))
+    base = Path(from_first(ranks, f"base in {folder}", lambda: str(_make_base(folder / "base"))))
     zero = complete(_ZERO)
     loaded = load_base(base, read_config(base), dtype, ranks.device, zero)
     delta = attach(loaded, (Lora(kind="lora", targets=("q", "v"), rank=4, alpha=8.0),), 1, ranks.device)
