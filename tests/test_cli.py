@@ -93,7 +93,7 @@ def test_check_loads_nothing_that_a_login_node_lacks(tmp_path):
 
 
 def test_help_lists_every_command(zlora):
-    assert {"check", "fetch", "data", "train", "evaluate", "generate", "score", "merge", "import"} <= set(COMMANDS)
+    assert {"doctor", "check", "fetch", "data", "train", "evaluate", "generate", "score", "merge", "import"} <= set(COMMANDS)
     code, out, error = zlora("--help")
     assert (code, error) == (0, "")
     assert all(re.search(rf"^ +{name} +\S", out, re.MULTILINE) for name in COMMANDS)
