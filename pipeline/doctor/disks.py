@@ -73,7 +73,7 @@ def look_at_disks(folders: dict[str, Path], told: Callable[[str], None]) -> list
     """
     disks: list[Disk] = []
     for name, folder in folders.items():
-        told(f"{name}: {folder}")
+        told(f"measuring {name}: {folder}")
         nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
         # What a file system does once it does again.
         known = next((disk for disk in disks if disk.device == nearest.stat().st_dev and not disk.refused), None)

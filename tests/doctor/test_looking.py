@@ -21,7 +21,7 @@ from pipeline.doctor.libraries import judge_libraries
 from pipeline.doctor.limits import look_at_limits
 from pipeline.doctor.look import Look
 from pipeline.doctor.slurm import judge_slurm, look_at_slurm
-from pipeline.plan.hardware import row_of
+from pipeline.plan.hardware import named
 
 GIB = 1 << 30
 
@@ -36,7 +36,7 @@ def test_a_disk_is_measured_and_left_as_it_was(folders, tmp_path):
     first, second = look_at_disks(folders, told.append)
     assert list(tmp_path.iterdir()) == []
     assert first.folder == tmp_path / "a" / "runs"
-    assert [line.partition(":")[0] for line in told] == list(folders)
+    assert [line.partition(":")[0] for line in told] == [f"measuring {name}" for name in folders]
     free = os.statvfs(tmp_path)
     assert first.free_bytes == pytest.approx(free.f_bavail * free.f_frsize, rel=0.05)
     assert 1e5 < first.write_bytes_s < 1e11
@@ -208,5 +208,5 @@ def test_a_library_that_ends_its_process_is_a_finding_not_an_end(tmp_path, monke
     ],
 )
 def test_a_gpu_finds_its_row_of_the_plans_table(name, gib, row):
-    found = row_of(name, int(gib * GIB))
+    found = named(name, int(gib * GIB))
     assert (found.name if found else None) == row
