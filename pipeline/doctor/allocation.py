@@ -41,26 +41,30 @@ def look_at_network(nodes: int, run: Path | None) -> Network | Finding:
     """Through ranks on so many nodes of this allocation; or, if it comes to nothing, that."""
     each = ranks_per_node()
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1", "--overlap"]
+    if cores := int(os.environ.get("SLURM_CPUS_ON_NODE", "0")):
+        # The job may have asked for all of a node's cores for one task.
+        command.append(f"--cpus-per-task={max(1, cores // each)}")
     command += [sys.executable, "-c", PROGRAM, "doctor", f"--nodes={nodes}", "--json", *(["--run", str(run)] if run else [])]
-    # A rank of another step must not be taken for one of this.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
     except subprocess.TimeoutExpired:
         return _failed(f"{nodes * each} ranks on {nodes} nodes came to no end in {_LONGEST_S:.0f} s")
     except OSError as error:
         return _failed(f"srun: {error}")
     lines = done.stdout.strip().splitlines()
-    if not lines or not lines[-1].startswith("{"):
-        return _failed(_cause(done.stderr) or f"srun: exit code {done.returncode}")
-    return network_of(json.loads(lines[-1])["network"])
+    if lines and lines[-1].startswith("{"):
+        return network_of(json.loads(lines[-1])["network"])
+    return _told(done.stderr) or _failed(f"srun: exit code {done.returncode}")
 
 
-def _cause(text: str) -> str:
-    """A rank's own words rather than Slurm's about it."""
+def _told(text: str) -> Finding | None:
+    """A rank's own words rather than Slurm's about it; with the rank's own repair, if it has one."""
     lines = [line for line in text.splitlines() if line.strip()]
     own = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-    return (own or lines or [""])[0].removeprefix("error: ")
+    if repairable := next((line for line in own if line.startswith("error: ")), None):
+        value, _, repair = repairable.removeprefix("error: ").partition(". ")
+        return Finding("Ranks and network", "ranks", value, "problem", repair)
+    return _failed((own or lines)[0]) if lines else None
 
 
 def _failed(why: str) -> Finding:

@@ -57,9 +57,8 @@ def _examined(run: Path | None, nodes: int | None, told: Callable[[str], None]) 
     if isinstance(looked, Finding):
         return [looked, *beside, _unproven()], None
     libraries, found = looked
-    judged = judge_libraries(libraries)
-    findings, network = [*judged, *judge_gpus(found), *beside], None
-    if libraries.broken or any(finding.value == "not installed" for finding in judged):
+    findings, network = [*judge_libraries(libraries), *judge_gpus(found), *beside], None
+    if libraries.broken:
         return [*findings, _unproven()], None
     if nodes:
         told(f"ranks on {nodes} nodes meet and talk")

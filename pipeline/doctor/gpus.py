@@ -59,7 +59,7 @@ def judge_gpus(found: Gpus) -> list[Finding]:
         where = f"none: CUDA_VISIBLE_DEVICES={found.hidden} shows none" if found.hidden is not None and found.driver else "none here"
         return [Finding(_GROUP, "GPUs", f"{where}; ranks compute on the CPU"), *(_on_the_cpu(found) if found.torch else [])]
     if not found.torch:
-        return [Finding(_GROUP, "GPUs", f"{found.shown} by the driver {found.driver}; torch does not load")]
+        return [Finding(_GROUP, "GPUs", f"{found.shown} shown, driver {found.driver or 'none'}; torch does not load")]
     if found.unusable or not found.devices:
         return [_unusable(found)]
     names = Counter(f"{device.name} ({device.memory_bytes / GIB:.0f} GiB)" for device in found.devices)
@@ -92,9 +92,10 @@ def _on_the_cpu(found: Gpus) -> list[Finding]:
 
 def _unusable(found: Gpus) -> Finding:
     if found.cuda is None:
-        value = f"{found.shown} by the driver, but torch {found.torch} is a build for the CPU"
+        value = f"{found.shown} shown, but torch {found.torch} is a build for the CPU"
         return Finding(_GROUP, "GPUs", value, "problem", f"Install a build for GPUs: {_ANOTHER_BUILD}, or cu130 for A100 and later.")
-    value = f"{found.shown} by the driver {found.driver}, but torch {found.torch} can use none: {found.unusable or 'it does not say why'}"
+    why = found.unusable or "it does not say why"
+    value = f"{found.shown} shown, driver {found.driver or 'none'}, but torch {found.torch} can use none: {why}"
     repair = (
         f"torch was built for CUDA {found.cuda}. Where nvidia-smi shows an older CUDA version, install a build for that one "
         f"({_ANOTHER_BUILD}) or a newer driver; in a container, start it with --gpus all (--nv)."

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.doctor.network import Link, Network, Place
+from pipeline.model.build import require_dtype
 from pipeline.plan.hardware import gpu_of, named
 from pipeline.train.engine import Ranks
 
@@ -46,6 +47,8 @@ def measure(ranks: Ranks, host: str, run: Path, clock: Callable[[], float] = tim
         run: where runs are to be written.
         clock: this node's, in seconds.
     """
+    # A build without kernels for this GPU says so here, before it fails in words of its own.
+    require_dtype("fp16", ranks.device)
     hosts = _told(ranks, host)
     nodes = tuple(dict.fromkeys(hosts))
     local = hosts[: ranks.rank].count(host)

@@ -24,7 +24,6 @@ from pipeline.doctor.finding import Finding
 from pipeline.doctor.gpus import Device, Gpus
 from pipeline.doctor.libraries import LOADED, Libraries
 from pipeline.plan.hardware import computes_bf16
-from pipeline.screen import take_terminal
 
 _PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.doctor.look import tell; tell()"
 _LONGEST_S = 300.0
@@ -34,8 +33,10 @@ class Look:
     """Runs beside whatever else is looked at."""
 
     def __init__(self) -> None:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen([sys.executable, "-c", _PROGRAM], text=True, **pipes)  # type: ignore[call-overload]
+        command = [sys.executable, "-c", _PROGRAM]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
 
     def answer(self) -> tuple[Libraries, Gpus] | Finding:
         """What it found; or, if it came to nothing, that."""
@@ -75,7 +76,9 @@ def parse(text: str) -> tuple[Libraries, Gpus]:
 
 def tell() -> None:
     """In that process: everything, as one line."""
-    out, _ = take_terminal(None, 0)
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What libraries say is of interest only where they end the process.
+    os.dup2(2, 1)
     begun, broken = time.perf_counter(), {}
     for name in LOADED:
         try:

@@ -160,6 +160,7 @@ def srun(outside, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "96")
 
     def put(text):
         (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\n{text}\n')
@@ -173,14 +174,14 @@ def test_srun_starts_a_rank_for_each_gpu_and_its_answer_is_read(srun, tmp_path):
     (tmp_path / "answer").write_text(json.dumps(report([], asdict(NETWORK))) + "\n")
     asked = srun(f"echo noise; cat {tmp_path / 'answer'}; exit 2")
     assert allocation.look_at_network(2, tmp_path / "runs") == NETWORK
-    assert "--nodes=2 --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --overlap" in asked()
+    assert "--nodes=2 --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --overlap --cpus-per-task=12" in asked()
     assert f"doctor --nodes=2 --json --run {tmp_path / 'runs'}" in asked()
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("echo srun: error: node2 >&2; echo 'error: rank 3 lost the other ranks: timed out' >&2; exit 76", "rank 3 lost the other ranks"),
+        ("echo srun: error: node2 >&2; echo 'rank 3 lost the other ranks: timed out' >&2; exit 76", "rank 3 lost the other ranks"),
         ("echo 'srun: error: Unable to create step for job 7' >&2; exit 1", "Unable to create step"),
         ("exit 1", "srun: exit code 1"),
         ("exec sleep 20", "16 ranks on 2 nodes came to no end"),
@@ -193,6 +194,14 @@ def test_ranks_that_do_not_meet_are_a_problem_by_their_own_words(srun, monkeypat
     assert (found.name, found.state) == ("rendezvous", "problem")
     assert words in found.value
     assert "MASTER_ADDR" in found.repair
+
+
+def test_a_rank_that_says_how_to_repair_it_is_believed(srun):
+    srun(
+        "echo srun: error: node2 >&2; echo 'error: Tesla V100 (sm_70): torch has no kernels for it. Install a build that has.' >&2; exit 2"
+    )
+    found = allocation.look_at_network(2, None)
+    assert (found.value, found.repair) == ("Tesla V100 (sm_70): torch has no kernels for it", "Install a build that has.")
 
 
 @pytest.mark.parametrize(("tasks", "cpus", "each"), [("4", "8", 4), ("8(x2)", "8", 2), (None, "1", 1)])

@@ -71,7 +71,7 @@ FAULTS = {
         judge_gpus(replace(NO_GPUS, shown=8, driver="580.65")),
         "GPUs",
         "problem",
-        "8 by the driver, but torch 2.13.0+cpu is a build for the CPU",
+        "8 shown, but torch 2.13.0+cpu is a build for the CPU",
         "--index-url https://download.pytorch.org/whl/cu126",
     ),
     "a driver too old for torch's CUDA": (

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.doctor import disks, slurm
+from pipeline.doctor import disks, look, slurm
 from pipeline.doctor.disks import look_at_disks, places
 from pipeline.doctor.finding import Finding
-from pipeline.doctor.gpus import judge_gpus
+from pipeline.doctor.gpus import Device, judge_gpus
 from pipeline.doctor.libraries import judge_libraries
 from pipeline.doctor.limits import look_at_limits
 from pipeline.doctor.look import Look
@@ -195,6 +195,45 @@ def test_a_library_that_ends_its_process_is_a_finding_not_an_end(tmp_path, monke
     found = Look().answer()
     assert isinstance(found, Finding)
     assert (found.state, found.value) == ("problem", "loading them: ended by SIGSEGV")
+
+
+def test_a_library_whose_parts_do_not_fit_is_told_by_the_loaders_words(tmp_path, monkeypatch):
+    put_library(
+        tmp_path, monkeypatch, "import os; os.write(2, b'python: symbol lookup error: undefined symbol: _ZN5torch\\n'); os._exit(127)"
+    )
+    found = Look().answer()
+    assert (found.state, found.value) == ("problem", "loading them: python: symbol lookup error: undefined symbol: _ZN5torch")
+
+
+def test_gpus_are_read_through_torch(monkeypatch):
+    from types import SimpleNamespace
+
+    cards = [SimpleNamespace(name=f"card {n}", major=8, minor=n, total_memory=80 * GIB) for n in range(2)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for name, answer in {
+        "init": lambda: None,
+        "device_count": lambda: 2,
+        "get_device_properties": cards.__getitem__,
+        "mem_get_info": lambda place: (70 * GIB, 80 * GIB),
+        "get_arch_list": lambda: ["sm_80", "sm_90"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    asked = []
+    monkeypatch.setattr(look, "_failed", lambda torch, device, bf16: asked.append((str(device), bf16)) or "")
+    found = look._gpus(without_torch=False)
+    assert (found.shown, found.hidden, found.cuda, found.built, found.nccl) == (2, "0,1", "13.0", ("sm_80", "sm_90"), "2.27.5")
+    assert found.devices[1] == Device("card 1", (8, 1), 80 * GIB, 70 * GIB, "")
+    assert asked == [("cuda:0", True), ("cuda:1", True), ("cpu", True)]
+
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    found = look._gpus(without_torch=False)
+    assert (found.unusable, found.devices) == ("The NVIDIA driver on your system is too old (found version 12020).", ())
 
 
 @pytest.mark.parametrize(
