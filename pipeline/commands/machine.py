@@ -73,7 +73,8 @@ def _on_a_rank(run: Path | None, nodes: int | None, as_json: bool, proof: bool) 
         from pipeline.doctor.show import show
         from pipeline.train.engine import leave_ranks
 
-        facts = measure(ranks, platform.node(), run or Path("runs"))
+        # The batch system's name for it: several of its nodes may be on one machine.
+        facts = measure(ranks, os.environ.get("SLURMD_NODENAME") or platform.node(), run or Path("runs"))
         findings = judge_network(network_of(facts), nodes or 1)
         if as_json:
             screen.say(report(findings, facts))

@@ -30,7 +30,7 @@ class Slurm:
     nodes: tuple[str, ...]
     """Hosts of the allocation."""
     unresolved: tuple[str, ...]
-    """Those of them, and MASTER_ADDR, whose names mean nothing here."""
+    """Those of them, or MASTER_ADDR where that is set, whose names mean nothing here."""
 
 
 def look_at_slurm() -> Slurm:
@@ -41,7 +41,8 @@ def look_at_slurm() -> Slurm:
     nodes: tuple[str, ...] = ()
     if listed := os.environ.get("SLURM_JOB_NODELIST"):
         nodes = tuple(_told("show", "hostnames", listed)[0].split())
-    meeting = filter(None, (*nodes, os.environ.get("MASTER_ADDR")))
+    chosen = os.environ.get("MASTER_ADDR")
+    meeting = (chosen,) if chosen else nodes
     return Slurm(missing, version, refused, os.environ.get("SLURM_JOB_ID"), nodes, tuple(host for host in meeting if not _resolves(host)))
 
 

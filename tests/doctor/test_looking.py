@@ -141,6 +141,8 @@ def test_slurm_answers_and_an_allocations_names_are_resolved(scontrol, monkeypat
     found = look_at_slurm()
     assert (found.nodes, found.unresolved) == (("localhost", "no-such-host.invalid"), ("no-such-host.invalid",))
     assert "job 7 on 2 nodes; no-such-host.invalid cannot be resolved" in judge_slurm(found)[1].value
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert look_at_slurm().unresolved == ()
 
 
 @pytest.mark.parametrize(
