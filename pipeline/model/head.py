@@ -86,7 +86,7 @@ class Head(nn.Module):
             vocabulary = logits.shape[-1]
             bent = None
             if softcap is not None:
-                bent = torch.tanh(logits / softcap)
+                bent = logits.div_(softcap).tanh_()
                 logits = softcap * bent
             log_p = logits.log_softmax(-1)
             del logits
@@ -100,7 +100,7 @@ class Head(nn.Module):
             slope = log_p.exp_().sub_(smoothing / vocabulary)
             slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
             if bent is not None:
-                slope *= 1.0 - bent.square()
+                slope *= bent.square_().neg_().add_(1.0)
             slope = slope.to(part.dtype)
             through = gradient[first : first + rows]
             if self.added is None:

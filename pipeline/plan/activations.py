@@ -118,8 +118,9 @@ def activations(
 
 def _logits(shape: Shape, batch: MicroBatch, e: int, head: int) -> int:
     rows = min(batch.label_tokens, max(1, CHUNK_LOGITS // shape.vocabulary))
-    # Two fp32 tensors of a run of rows; from the second run on, the run before is still there. And the last hidden states.
-    logits = (8 if rows == batch.label_tokens else 12) * rows * shape.vocabulary
+    # Two fp32 tensors of a run of rows, three where they are bent; from the second run on, the run before is still there. And the last
+    # hidden states.
+    logits = (2 + (rows < batch.label_tokens) + shape.softcapped) * _FP32 * rows * shape.vocabulary
     if head:
         # One of them, another in the base's dtype, and a run's share of the weight's gradient.
         logits = max(logits, (4 if e == _FP32 else 4 + e) * rows * shape.vocabulary + head * e)

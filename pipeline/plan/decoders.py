@@ -87,6 +87,7 @@ def llama(config: dict[str, Any], where: str) -> Shape:
         tied=config["tie_word_embeddings"],
         shared=(rotations(head_width),),
         window=window,
+        softcapped=bool(config.get("final_logit_softcapping")),
     )  # fmt: skip
 
 

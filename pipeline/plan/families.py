@@ -47,7 +47,7 @@ _FAMILIES: dict[str, tuple[Callable[[dict[str, Any], str], Shape], dict[str, Any
             "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
         },
     ),
-    "gemma2": (llama, {**_GEMMA_2, "attn_logit_softcapping": 50.0}),
+    "gemma2": (llama, {**_GEMMA_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
     "gemma3_text": (llama, {**_GEMMA_2, "norms_of_heads": True, "vocab_size": 262208, "max_position_embeddings": 131072}),
     "gpt2": (
         gpt2,

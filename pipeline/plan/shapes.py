@@ -105,6 +105,8 @@ class Shape:
     """The vocabulary projection. None: an encoder, which has none here."""
     tied: bool = False
     """The head is the token embedding."""
+    softcapped: bool = False
+    """Logits are bent to stay within a bound."""
     shared: tuple[Kept, ...] = ()
     """Kept once, for all layers."""
     packs: bool = True
