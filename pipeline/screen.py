@@ -6,13 +6,14 @@ terminal for what is written through `Screen`.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -23,6 +24,8 @@ from rich.text import Text
 
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
+_LINES = 1
+"""`_IOLBF`."""
 
 
 class Screen:
@@ -166,7 +169,15 @@ def take_terminal(logs: Path | None, rank: int) -> tuple[TextIO, TextIO]:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    _buffer_lines()
     return out, error
+
+
+def _buffer_lines() -> None:
+    """What C libraries print (NCCL) is in the log at once: a rank may be ended without their buffer being written."""
+    with suppress(OSError, AttributeError, ValueError):
+        libc = ctypes.CDLL(None)
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINES, 0)
 
 
 def json_text(value: dict[str, Any]) -> str:

@@ -58,15 +58,16 @@ class Writer:
         self._checked, self._bad = False, start.progress.bad_steps > 0
         self._saver = Saver()
         self._board: Board | None = None
+        found = environment(session.ranks)
         if session.ranks.first:
             self._check_base(_BASE_PATIENCE_S)
-            self._board = self._open(start)
+            self._board = self._open(start, found)
         if start.scores is not None:
             # Ended after these scores were written down, and before anything that follows from them.
             self._take(start.progress.step, start.scores)
 
-    def _open(self, start: Start) -> Board:
-        job, ranks = self._session.job, self._session.ranks
+    def _open(self, start: Start, found: dict[str, Any]) -> Board:
+        job = self._session.job
         if not start.goes_on:
             clear(self._run)
         remove_halves(self._run)
@@ -74,7 +75,7 @@ class Writer:
         (self._run / "result.json").unlink(missing_ok=True)
         if self._best.best is None or self._best.best.step is None:
             remove(self._run / "best")
-        write_json(self._run / "environment.json", environment(ranks.count, ranks.device))
+        write_json(self._run / "environment.json", found)
         write_text(self._run / "job.toml", job_toml(job))
         if choice := self._session.choice:
             write_json(self._run / "deepspeed.json", {"schema_version": 1, "config": choice.config, "reasons": choice.reasons})

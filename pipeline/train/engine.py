@@ -86,6 +86,8 @@ def join_ranks(timeout_s: float = 1800.0, stop: StopRequest | None = None, watch
         device = torch.device("cuda", local if local < torch.cuda.device_count() else 0)
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
+        # On standard output, which is logs/rank<N>.txt, unless the user has named a file (NCCL_DEBUG_FILE).
+        os.environ.setdefault("NCCL_DEBUG", "WARN")
     rendezvous, begun = os.environ.get("ZLORA_RENDEZVOUS", "env://"), time.perf_counter()
     dist.init_process_group(
         "nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=count, timeout=timedelta(seconds=2 * timeout_s + 60)
