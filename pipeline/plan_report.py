@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from typing import Any
 
+from pipeline.plan.memory import Memory, Setting
+from pipeline.plan.work import Work
 from pipeline.screen import Screen, size_text
 
 
@@ -68,6 +71,37 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     if explain:
         rows = [(line["what"], f"{size_text(line['bytes'])} = {line['formula']}") for line in plan["arithmetic"]]
         screen.table("arithmetic (N tokens, P padded, D width, F ffn, H heads, R rank, e bytes an element)", rows)
+
+
+def plan_markdown(asked: Setting, found: Memory, done: Work) -> str:
+    """The plan of a run that begins, for TensorBoard: one table, which shows little at once."""
+    cpu = asked.gpu.name == "cpu"
+    stage = f"ZeRO stage {asked.stage}{f' in groups of {asked.group}' if asked.group else ''}"
+    setting = (
+        f"{asked.ranks} x {asked.gpu.name} on {asked.nodes} node{'s'[: asked.nodes > 1]}, {size_text(asked.gpu.memory_bytes)} each; "
+        f"{asked.shape.parameters:,} parameters in {asked.dtype}, {asked.trained:,} trained, {stage}; "
+        f"steps of {asked.batch_examples:,} examples of at most {asked.example_tokens:,} tokens; micro-batches of at most "
+        f"{asked.micro_batch_tokens:,} tokens, activations {'recomputed' if asked.checkpointing else 'kept'}."
+    )
+    parts = [(_words(name), size_text(count)) for name, count in found.parts.items() if count]
+    phases = [(name, size_text(count)) for name, count in found.phases.items() if count]
+    step = [
+        ("takes", f"{done.step_s:.3g} s"),
+        ("computes", f"{done.flops_per_step / 1e12:,.3g} TFLOP in {done.compute_s:.3g} s"),
+        ("micro-batches", f"{asked.micro_batches:,} a rank"),
+    ]
+    if asked.ranks > 1:
+        step += [
+            ("communicates", f"{done.communication_s:.3g} s"),
+            ("gathers", f"{size_text(done.gathered_bytes)} a rank"),
+            *([("from other nodes", f"{size_text(done.between_nodes_bytes)} a node")] if done.between_nodes_bytes else []),
+            ("hidden from", f"{done.tokens_to_hide:,} tokens a micro-batch on"),
+            ("sums", f"{size_text(done.reduced_bytes)} of gradients"),
+        ]
+    head = (f"memory of a {'rank' if cpu else 'GPU'}, by part", "at its largest", "by phase", "at most", "a full step", "")
+    rows = [sum(row, ()) for row in zip_longest(parts, phases, step, fillvalue=("", ""))]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, (":---",) * len(head), *rows))
+    return "\n\n".join([setting, table, *(f"To be taken with care: {note}" for note in asked.shape.notes)])
 
 
 def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:

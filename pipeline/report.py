@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +25,11 @@ from pipeline.train.loop import Course
 
 _SHOWN = 3
 _RECORDED = 10
+_COMPARED = (
+    *("targets", "rank", "alpha", "layers", "prefix_tokens", "infix_tokens", "placement"),
+    *("learning_rate", "batch_examples", "steps", "epochs", "seed"),
+)
+"""Keys of methods and of [train]; a table of all would show none."""
 
 
 def show_start(
@@ -134,9 +141,38 @@ def show_end(screen: Screen, run: Path, job: Job, result: dict[str, Any], again:
     screen.table("done", rows)
 
 
+def comparable(job: Job) -> dict[str, str | float]:
+    """What runs are told apart by, for TensorBoard's table of them."""
+    found: dict[str, str | float] = {"base": Path(job.base.model).name, "task": job.task.kind}
+    for number, method in enumerate(job.methods):
+        # Of several methods, each with its place.
+        name = "method" if len(job.methods) == 1 else f"method_{number}"
+        asked = method.model_dump(mode="json", exclude_none=True)
+        found[name] = asked.pop("kind")
+        found |= {f"{name}.{key}": _one_value(value) for key, value in asked.items() if key in _COMPARED}
+    return found | job.train.model_dump(mode="json", include=set(_COMPARED), exclude_none=True)
+
+
+def _one_value(value: Any) -> str | float:
+    match value:
+        case dict():
+            return ", ".join(f"{key} {each}" for key, each in value.items())
+        case list():
+            return ", ".join(map(str, value))
+        case _:
+            return value
+
+
 def markdown(scores: Scores) -> str:
-    """Samples for TensorBoard."""
+    """Samples for TensorBoard: a row each."""
     shown = [prediction for part in scores.parts for prediction in part.predictions[:_RECORDED]]
-    return "\n\n---\n\n".join(
-        f"**prompt** {p.prompt}\n\n**predicted** {p.prediction}\n\n**reference** {''.join(p.references[:1]) or '(withheld)'}" for p in shown
+    rows = [(p.prompt, p.prediction, "".join(p.references[:1]) or "(withheld)") for p in shown]
+    return "\n".join(
+        ["| prompt | predicted | reference |", "| :--- | :--- | :--- |", *(f"| {' | '.join(map(_literal, row))} |" for row in rows)]
     )
+
+
+def _literal(text: str) -> str:
+    """A text as it is, in Markdown: a model may write headings, tags and bars."""
+    escaped = re.sub(r"([\\`*_{}\[\]()#+.!~-])", r"\\\1", html.escape(text.strip(), quote=False))
+    return escaped.replace("|", "&#124;").replace("\n", "<br>")

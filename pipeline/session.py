@@ -46,6 +46,7 @@ from pipeline.tasks.store import Store
 from pipeline.tasks.texts import wanted_texts
 from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.train.engine import Engine, Ranks, one_rank_first
+from pipeline.train.process import held
 from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.hub import local_base
 from pipeline.weights.record import DataFile
@@ -92,6 +93,8 @@ class Session:
     """The memory configuration, complete."""
     choice: Choice | None
     """Where the plan chose it."""
+    held_before: int
+    """Bytes of anonymous memory that this process had before the base."""
 
     @property
     def setting(self) -> Setting:
@@ -177,7 +180,7 @@ class Session:
 
 def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     """The base on these ranks, sharded, with the job's delta attached."""
-    dtype = require_dtype(job.base.dtype, ranks.device)
+    held_before, dtype = held().anonymous, require_dtype(job.base.dtype, ranks.device)
     ranks.watch.at("fetching the base", patient=True)
     folder = one_rank_first(ranks, lambda: local_base(job.base.model, job.base.revision))
     ranks.watch.at("starting")
@@ -229,6 +232,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         base_config=sha256_of(folder / "config.json"),
         zero=zero,
         choice=choice,
+        held_before=held_before,
     )
 
 

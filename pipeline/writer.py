@@ -14,9 +14,12 @@ import torch.distributed as dist
 from pipeline.evaluate.best import SCORE, BestDelta
 from pipeline.evaluate.score import Scores, write_predictions
 from pipeline.job.errors import JobError
+from pipeline.job.metrics import names_of
 from pipeline.job.read import job_digest, job_toml
 from pipeline.methods.files import store
-from pipeline.report import markdown
+from pipeline.methods.spectrum import singular_values
+from pipeline.outlook import Outlook
+from pipeline.report import comparable, markdown
 from pipeline.resume import Start
 from pipeline.run_folder import clear, remove, remove_halves
 from pipeline.session import Session
@@ -61,6 +64,7 @@ class Writer:
         found = environment(session.ranks)
         if session.ranks.first:
             self._check_base(_BASE_PATIENCE_S)
+            self._outlook = Outlook(session, course)
             self._board = self._open(start, found)
         if start.scores is not None:
             # Ended after these scores were written down, and before anything that follows from them.
@@ -79,7 +83,11 @@ class Writer:
         write_text(self._run / "job.toml", job_toml(job))
         if choice := self._session.choice:
             write_json(self._run / "deepspeed.json", {"schema_version": 1, "config": choice.config, "reasons": choice.reasons})
-        return Board(self._run, start.progress.step)
+        board, step = Board(self._run, start.progress.step), start.progress.step
+        board.text("job", f"```toml\n{job_toml(job)}```", step)
+        board.text("plan", self._outlook.text, step)
+        board.settings(comparable(job), job.evaluate.split, names_of(job.task))
+        return board
 
     def __enter__(self) -> Writer:
         return self
@@ -102,15 +110,24 @@ class Writer:
             self._check_base(0.0)
             self._saver.check()
             self._board.step(taken.progress.step, taken.values)
+            self._warn(taken.progress.step, self._outlook.took(taken))
 
     def scored(self, step: int, scores: Scores) -> None:
         """Writes scores, samples and predictions down."""
         if self._board:
             self._board.evaluation(step, scores.split, scores.metrics, markdown(scores))
             write_predictions(self._run / "predictions" / f"{scores.split}-{step:06d}.jsonl", scores)
+            self._board.singular_values(step, singular_values(self._session.delta.adapted, self._session.delta.tensors()))
+            self._warn(step, self._outlook.scored(scores))
         # A bad step changed nothing, and the state that may be saved now is of the one before it.
         if not self._bad:
             self._take(step, dict(scores.metrics))
+
+    def _warn(self, step: int, lines: list[str]) -> None:
+        for line in lines:
+            assert self._board is not None, "only the first rank warns"
+            self._board.warning(step, line)
+            self._session.screen.print(f"step {step:,}: {line}")
 
     @property
     def patience_is_over(self) -> bool:
@@ -172,7 +189,6 @@ class Writer:
         if best:
             result["best"] = None if best.step is None else _score(best)
         result |= {split: metrics for (step, split), metrics in board.evaluated.items() if step == steps}
-        board.text("job", f"```toml\n{job_toml(job)}```")
         write_json(self._run / "result.json", result)
         return result
 
@@ -212,9 +228,10 @@ class Writer:
             best=best,
         )
         write_state(self._run / "state", State(record, tensors), job.train.keep_states)
+        masters = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
+        board.singular_values(progress.step, singular_values(session.delta.adapted, masters))
         if digests:
-            values = {name.removeprefix("weight/"): tensor for name, tensor in tensors.items() if name.startswith("weight/")}
-            self._write_delta(progress.step, values, digests)
+            self._write_delta(progress.step, masters, digests)
         self._write_best(best, weights)
 
     def _write_delta(self, step: int, values: dict[str, torch.Tensor], digests: dict[str, str]) -> None:

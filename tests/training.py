@@ -54,7 +54,7 @@ learning_rate = 0.01
 LORA_DROPOUT = "methods.0.dropout=0.2"
 LONG = ("train.steps=12", LORA_DROPOUT, "train.warmup_steps=3", "train.save_every_steps=5")
 """A course with something to go wrong at every step: dropout, warm-up, states at 5, 10 and 12."""
-TIMES = {"target_tokens_per_s", "examples_per_s", "step_s", "seconds", "peak_memory_bytes"}
+TIMES = {"target_tokens_per_s", "examples_per_s", "step_s", "data_s", "seconds", "peak_memory_bytes"}
 
 
 @dataclass

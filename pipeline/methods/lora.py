@@ -58,6 +58,8 @@ class LoraBranch:
     dropout: float
     layer: int
     clock: DropoutClock
+    target: str = ""
+    """What the job calls it; empty where it comes from a file."""
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         x = keyed_dropout(x, self.dropout, self.clock, self.layer)
@@ -120,6 +122,7 @@ def attach_lora(
                     dropout=method.dropout,
                     layer=place,
                     clock=clock,
+                    target=target,
                 )
             )
         linear.branches.extend(branches)

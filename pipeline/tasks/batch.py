@@ -90,13 +90,7 @@ def _learnt(sequences: list[Sequence], longest: int) -> torch.Tensor:
 
 
 def _layout(lengths: list[int], device: torch.device) -> Layout:
-    """Groups examples so that no view has more than twice the tokens of its examples."""
-    starts = [0, *accumulate(lengths)]
-    groups: list[list[int]] = []
-    for example in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
-        if not groups or lengths[example] * 2 < lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(example)
+    starts, groups = [0, *accumulate(lengths)], alike(lengths)
     views, masks, to_flat, place = [], [], torch.empty(starts[-1], dtype=torch.long), 0
     for group in groups:
         longest = lengths[group[0]]
@@ -110,6 +104,16 @@ def _layout(lengths: list[int], device: torch.device) -> Layout:
         own = torch.tensor([lengths[example] for example in group])[:, None]
         masks.append((torch.arange(longest) < own).to(device) if int(own.min()) < longest else None)
     return Layout(tuple(views), to_flat.to(device), tuple(masks))
+
+
+def alike(lengths: list[int]) -> list[list[int]]:
+    """Groups examples, the longest first, so that no padded view of a group has more than twice the tokens of its examples."""
+    groups: list[list[int]] = []
+    for example in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
+        if not groups or lengths[example] * 2 < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(example)
+    return groups
 
 
 def _keys(example_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from pipeline.screen import finite, json_text
 from pipeline.weights.atomic import write_text
@@ -24,9 +26,11 @@ _TAGS = {
     "target_tokens_per_s": "speed/target_tokens_per_s",
     "examples_per_s": "speed/examples_per_s",
     "step_s": "speed/step_s",
+    "data_s": "speed/data_s",
     "padding_share": "speed/padding_share",
-    "peak_memory_bytes": "memory/peak_bytes",
 }
+_IDLE = {"loss_scale": 1.0, "skipped_steps": 0, "padding_share": 0.0}
+"""What says nothing: a curve begins where it is something else."""
 
 
 class Board:
@@ -55,6 +59,7 @@ class Board:
         self._folder = run / "tensorboard"
         with _named(self._folder):
             self._events = SummaryWriter(str(self._folder), purge_step=after + 1)
+        self._spectra_step, self._shown = -1, {key for row in rows for key, idle in _IDLE.items() if row.get(key, idle) != idle}
 
     def close(self) -> None:
         self._metrics.close()
@@ -67,14 +72,16 @@ class Board:
         self._record(self.last)
         with _named(self._folder):
             for key, tag in _TAGS.items():
-                self._events.add_scalar(tag, values[key], step)
+                if key in self._shown or values[key] != _IDLE.get(key):
+                    self._shown.add(key)
+                    self._events.add_scalar(tag, values[key], step)
+            self._events.add_scalar("memory/peak_GiB", values["peak_memory_bytes"] / 2**30, step)
 
     def evaluation(self, step: int, split: str, metrics: dict[str, float], samples: str) -> None:
         """Scores of a split and some of its texts, as Markdown."""
         self._record({"step": step, "split": split, **metrics})
         self.evaluated[step, split] = finite(metrics)
-        # The steps have train/loss.
-        folder = "train_split" if split == "train" else split
+        folder = _group(split)
         with _named(self._folder):
             for key, value in metrics.items():
                 self._events.add_scalar(f"{folder}/{key}", value, step)
@@ -100,9 +107,49 @@ class Board:
             if self._metrics.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Markdown, in the group `run`."""
         with _named(self._folder):
-            self._events.add_text(tag, text)
+            self._events.add_text(f"run/{tag}", text, step)
+
+    def warning(self, step: int, text: str) -> None:
+        """What leaves the plan."""
+        self._record({"step": step, "warning": text})
+        self.text("warnings", text, step)
+
+    def singular_values(self, step: int, found: dict[str, torch.Tensor]) -> None:
+        """Of each role of each layer. The same step's are written once."""
+        if step == self._spectra_step:
+            return
+        self._spectra_step = step
+        with _named(self._folder):
+            for name, values in found.items():
+                if len(values):
+                    self._events.add_histogram(f"weight_update/{name}.singular_values", values, step)
+
+    def settings(self, asked: dict[str, str | float], split: str, metrics: tuple[str, ...]) -> None:
+        """What tells runs apart beside what they score, and a page of the curves that matter most.
+
+        Args:
+            split: that is scored.
+        """
+        scores = {name: f"{_group(split)}/{name}" for name in metrics}
+        first = sorted(metrics, key=lambda name: name != "loss")
+        charts = {name: ["Multiline", [*(["train/loss"] if name == "loss" else []), scores[name]]] for name in first}
+        page = {
+            "learning": charts,
+            "machine": {"target tokens/s": ["Multiline", ["speed/target_tokens_per_s"]], "peak GiB": ["Multiline", ["memory/peak_GiB"]]},
+        }
+        with _named(self._folder):
+            self._events.add_custom_scalars(page)
+            # SummaryWriter's own add_hparams would make a run of it, in a folder of its own.
+            for summary in hparams(asked, dict.fromkeys(("train/loss", *scores.values()), 0.0)):
+                self._events._get_file_writer().add_summary(summary)
+
+
+def _group(split: str) -> str:
+    # The steps have train/loss.
+    return "train_split" if split == "train" else split
 
 
 @contextmanager

@@ -106,6 +106,7 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
             torch.manual_seed(hash((train.seed, step, ranks.rank)) & 0x7FFFFFFF)
         targets = sum(course.data.targets(index) for index in examples)
         rate = learning_rate(train, step, total)
+        data_s = time.perf_counter() - start
         result = stepper(step, micro_batches, targets, rate)
         seconds = time.perf_counter() - start
         if result.bad:
@@ -134,6 +135,7 @@ def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken
             "target_tokens_per_s": targets / seconds,
             "examples_per_s": len(examples) / seconds,
             "step_s": seconds,
+            "data_s": data_s,
             "seconds": progress.seconds,
             "peak_memory_bytes": peak_memory_bytes(ranks.device),
         }

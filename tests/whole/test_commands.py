@@ -80,19 +80,26 @@ def test_the_run_folder_has_everything(place):
     assert json.loads((run / "result.json").read_text())["valid"].keys() == {"BLEU", "exact_match", "loss", "perplexity"}
 
 
-def test_tensorboard_has_the_scalars_and_samples(place):
-    events = EventAccumulator(str(place / "runs" / "job" / "tensorboard"))
+def test_tensorboard_has_scalars_texts_and_singular_values(place):
+    folder = place / "runs" / "job" / "tensorboard"
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
-    wanted = {
-        "train/loss", "train/learning_rate", "train/grad_norm", "train/loss_scale", "speed/target_tokens_per_s",
-        "speed/examples_per_s", "speed/padding_share", "memory/peak_bytes", "valid/BLEU", "valid/exact_match", "valid/loss",
-        "valid/perplexity",
+    assert set(tags["scalars"]) == {
+        "train/loss", "train/learning_rate", "train/grad_norm", "speed/target_tokens_per_s", "speed/examples_per_s", "speed/step_s",
+        "speed/data_s", "speed/save_stall_s", "memory/peak_GiB", "valid/BLEU", "valid/exact_match", "valid/loss", "valid/perplexity",
     }  # fmt: skip
-    assert wanted <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert "valid/samples/text_summary" in tags["tensors"]
     assert [event.step for event in events.Tensors("valid/samples/text_summary")] == [0, 2, 4]
+    for name, words in {"job": 'kind = "lora"', "plan": "| base shard |"}.items():
+        (text,) = events.Tensors(f"run/{name}/text_summary")
+        assert text.step == 0
+        assert words in text.tensor_proto.string_val[0].decode()
+    assert "run/warnings/text_summary" not in tags["tensors"]
+    names = [f"weight_update/layer_{layer}.{role}.singular_values" for layer in range(3) for role in "qv"]
+    assert sorted(tags["histograms"]) == names
+    assert [event.step for event in events.Histograms(names[0])] == [0, 2, 4]
+    assert len(list(folder.iterdir())) == 1, "one run, not one more for its settings"
 
 
 def test_evaluate_prints_one_object_and_writes_predictions(place):

@@ -1,0 +1,209 @@
+"""What the plan says of this run on these ranks, and how what is measured compares: a line where it leaves the plan, and no more.
+
+The plan is asked about the micro-batches that there really were. On a GPU memory is what torch's allocator has handed out, and throughput
+is held to the plan's. On a CPU memory is this process's own that came on top of what it had before the base, and throughput is held to
+the run's own best: how fast a CPU is, nobody knows beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+
+from pipeline.evaluate.score import Scores
+from pipeline.job.errors import JobError
+from pipeline.plan.hardware import ATTAINED, named
+from pipeline.plan.judge import MARGIN, Footprint, Pace, Promise, judge_decline, judge_memory, judge_promise, middle
+from pipeline.plan.layers import MicroBatch
+from pipeline.plan.memory import Memory, beside, memory
+from pipeline.plan.work import work
+from pipeline.plan_report import plan_markdown
+from pipeline.session import Session
+from pipeline.tasks.batch import alike
+from pipeline.tasks.order import deal
+from pipeline.train.loop import Course, Taken
+from pipeline.train.process import held, runnable
+
+_FIRST = 10
+"""Steps of a sitting before memory is looked at: ZeRO-3 knows its order by then, and long examples have come."""
+_WARM, _PROMISED = 5, 15
+"""Throughput is held to the plan's by the steps between."""
+_WINDOW_STEPS, _WINDOW_S = 20, 60.0
+"""What is over in a minute is not worth a line."""
+_SPARE = {"cpu": 256 << 20, "cuda": 128 << 20}
+_MOST = 3
+"""Lines about throughput in a sitting."""
+
+
+class Outlook:
+    """Of one sitting, on the first rank."""
+
+    def __init__(self, session: Session, course: Course) -> None:
+        self._session, self._course = session, course
+        self._cpu = session.ranks.device.type == "cpu"
+        try:
+            special = len(session.specials or ())
+            self._asked = setting_here(session.job, session.folder, session.ranks, session.zero, course.data.longest - special)
+            self._found: Memory | None = memory(self._asked)
+            self.text = plan_markdown(self._asked, self._found, work(self._asked, self._found))
+        except JobError as error:
+            self._found, self.text = None, f"The plan does not know this job: {error}"
+        self._before, self._said, self._views, self._told = self._peak(), 0, 1.0, 0
+        self._steps: list[Pace] = []
+        self._window: list[Pace] = []
+        self._window_s, self._best, self._lines = 0.0, None, 0  # type: float, Pace | None, int
+        self._processor_s = time.process_time()
+
+    def took(self, taken: Taken) -> list[str]:
+        """What a step has to tell, mostly nothing."""
+        pace, taken_steps = self._pace(taken), len(self._steps) + 1
+        if taken_steps <= _PROMISED:
+            self._steps.append(pace)
+        found = [self._memory(taken.progress.step), self._promised() if taken_steps == _PROMISED else None]
+        self._window.append(pace)
+        self._window_s += taken.values["step_s"]
+        if len(self._window) >= _WINDOW_STEPS and self._window_s >= _WINDOW_S:
+            found.append(self._declined(middle(self._window)))
+            self._window, self._window_s = [], 0.0
+        return [line for line in found if line]
+
+    def scored(self, scores: Scores) -> list[str]:
+        """What a scoring has to tell."""
+        found = self._found
+        if found is None:
+            return []
+        asked, e = self._asked, self._asked.element_bytes
+        resident = sum(found.parts[name] for name in ("base_shard", "delta", "gradients", "optimizer"))
+        # Labels are not generated, but the base is gathered for them as well.
+        whole = 0 if scores.gathering.each_pass or not asked.copies else asked.shape.parameters * e
+        full = max(found.allocated["forward"], found.allocated["generate"], resident + whole + found.parts["logits_and_loss"])
+        self._said = max(self._said, full + self._copies)
+        line = self._over(scoring=True)
+        return [line] if line else []
+
+    @property
+    def _copies(self) -> int:
+        """Of the state, on a CPU, while it is written behind training."""
+        return 2 * beside(self._asked).state_file if self._cpu else 0
+
+    def _peak(self) -> int:
+        if self._cpu:
+            return held().peak
+        return torch.cuda.max_memory_allocated(self._session.ranks.device)
+
+    def _measured(self) -> int:
+        """The most since the sitting began; 0 where there was more before it."""
+        if self._peak() <= self._before:
+            return 0
+        if self._cpu:
+            return held().anonymous_peak - self._session.held_before
+        return self._peak()
+
+    def _memory(self, step: int) -> str | None:
+        first = self._course.start.step + 1
+        if self._found is None or step - first + 1 < _FIRST:
+            return None
+        if step - first + 1 == _FIRST:
+            steps = range(first, step + 1)
+        elif self._measured() > self._told:
+            # The peak is new, and so it is this step's.
+            steps = range(step, step + 1)
+        else:
+            return None
+        for each in steps:
+            self._expect(each)
+        return self._over(scoring=False)
+
+    def _expect(self, step: int) -> None:
+        """Takes in what the plan says of a step's micro-batches on this rank."""
+        course, job = self._course, self._session.train
+        examples = course.examples(step - 1)
+        lengths = [course.data.tokens(index) for index in examples]
+        for chosen in deal(lengths, self._session.ranks.count, job.micro_batch_tokens, job.packing)[0]:
+            if not chosen:
+                continue
+            targets = sum(course.data.targets(examples[i]) for i in chosen)
+            batch = _batch([lengths[i] for i in chosen], len(chosen) if self._asked.head_outputs else targets, job.packing)
+            used = memory(self._asked, batch).allocated
+            said = max(used[phase] for phase in ("forward", "backward", "step", "save")) + self._copies
+            if said > self._said:
+                self._said, self._views = said, batch.padded_tokens / batch.tokens
+
+    def _over(self, scoring: bool) -> str | None:
+        measured, asked, found, device = self._measured(), self._asked, self._found, self._session.ranks.device
+        spare = _SPARE[device.type]
+        if measured <= self._told or found is None:
+            return None
+        gathered = max(found.gathered.forward, found.gathered.backward, found.gathered.finish)
+        line = judge_memory(
+            Footprint(
+                said=self._said,
+                measured=measured,
+                spare=spare,
+                scoring=scoring,
+                returns=not self._cpu or "MALLOC_MMAP_THRESHOLD_" in os.environ,
+                guess=asked.shape.notes[0] if asked.shape.notes else "",
+                ungathered=(asked.shape.parameters - gathered) * asked.element_bytes if asked.copies else 0,
+                views=self._views,
+                reserved=0 if self._cpu else torch.cuda.max_memory_reserved(device),
+                capacity=asked.gpu.memory_bytes,
+            )
+        )
+        # What was told is told again only when it has grown as much once more.
+        self._told = max(self._told, int((1 + MARGIN) * (measured if line else self._said)), spare + (measured if line else self._said))
+        return line
+
+    def _pace(self, taken: Taken) -> Pace:
+        values, ranks = taken.values, self._session.ranks.count
+        used, self._processor_s = time.process_time() - self._processor_s, time.process_time()
+        rounds = max(1, -(-int(values["tokens"]) // (ranks * self._session.train.micro_batch_tokens)))
+        return Pace(
+            step=taken.progress.step,
+            tokens_per_s=values["tokens"] / values["step_s"],
+            data_share=values["data_s"] / values["step_s"],
+            padding_share=values["padding_share"],
+            tokens=values["tokens"] / (ranks * rounds),
+            processor_s=1000 * used / values["tokens"],
+            runnable=runnable(),
+            cores=os.cpu_count() or 1,
+        )
+
+    def _promised(self) -> str | None:
+        """Throughput beside the plan's, on a GPU that it knows."""
+        device, steps = self._session.ranks.device, self._steps[_WARM:]
+        if self._cpu or self._found is None or gpu_called(torch.cuda.get_device_name(device), self._asked.gpu.memory_bytes) is None:
+            return None
+        pace, batch = middle(steps), self._asked.batch_examples
+        rounds = max(1, -(-int(pace.tokens) // self._asked.micro_batch_tokens))
+        tokens = pace.tokens * rounds * self._asked.ranks
+        done = work(replace(self._asked, example_tokens=max(1, round(tokens / batch))), self._found)
+        return judge_promise(
+            Promise(
+                tokens_per_s=tokens / done.step_s,
+                tokens_to_hide=done.tokens_to_hide if self._asked.sharers > 1 else 0,
+                micro_batch_s=done.compute_s / self._asked.micro_batches,
+                layers=self._asked.shape.layers,
+                attained=ATTAINED,
+            ),
+            pace,
+        )
+
+    def _declined(self, now: Pace) -> str | None:
+        """Throughput beside the best so far."""
+        best, line = self._best, None
+        if best and self._lines < _MOST and (line := judge_decline(best, now)):
+            self._lines += 1
+        # Told once: from here on it is held to what it has become.
+        if best is None or line or now.tokens_per_s > best.tokens_per_s:
+            self._best = now
+        return line
+
+
+def _batch(lengths: list[int], labels: int, packed: bool) -> MicroBatch:
+    """A micro-batch as the plan counts it, by the lengths of its examples."""
+    views = [(len(group), lengths[group[0]]) for group in alike(lengths)] if packed else [(len(lengths), max(lengths))]
+    padded, pairs = sum(count * longest for count, longest in views), sum(count * longest**2 for count, longest in views)
+    return MicroBatch(sum(lengths) if packed else padded, padded, labels, len(lengths), max(lengths), pairs)
