@@ -13,8 +13,12 @@ _BUSY = 1.25
 """Processes that want a core, to each core: below this nobody waits for long."""
 _LAYER_S = 1e-3
 """To launch a layer's kernels, forward and backward, with ZeRO-3's hooks: an assumption."""
-_ATTENTION = 1.25
+_ATTENTION = 1.5
 """Places in attention's views to a token, from which on padding counts."""
+
+
+_WINDOW_STEPS, _WINDOW_S = 20, 60.0
+_MOST = 3
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Footprint:
     measured: int
     spare: int
     """What the plan does not count, however small the job: kernels' scratch memory, the allocator's own."""
+    margin: float = MARGIN
     scoring: bool = False
     """The peak came with a scoring."""
     returns: bool = True
@@ -44,15 +49,15 @@ class Footprint:
 
 def judge_memory(of: Footprint) -> str | None:
     """A line where the peak is above the plan's."""
-    excess = of.measured - of.said
-    if excess > max(MARGIN * of.said, of.spare):
+    excess, slack = of.measured - of.said, max(of.margin * of.said, of.spare)
+    if excess > slack:
         where = "while scoring" if of.scoring else "in training"
         return (
             f"memory: {_size(of.measured)} {where}, {_percent(of.measured / of.said - 1)} above the plan's {_size(of.said)}. "
             f"Likeliest cause: {_memory_cause(of, excess)}."
         )
     wasted = of.reserved - of.measured
-    if wasted > max(MARGIN * of.said, of.spare) and of.reserved > (1 - MARGIN) * of.capacity:
+    if wasted > slack and of.reserved > (1 - MARGIN) * of.capacity:
         return (
             f"memory: {_size(of.reserved)} of the GPU's {_size(of.capacity)} are taken, of which at most {_size(of.measured)} were in use. "
             "Likeliest cause: fragmentation (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True mends most of it)."
@@ -160,6 +165,30 @@ def _decline_cause(best: Pace, now: Pace) -> str:
     if now.processor_s > (1 + MARGIN / 2) * best.processor_s:
         return "the cores are slower than they were: throttled, or others on this machine use its memory"
     return "the first rank waits: for other ranks, for the network or for a core"
+
+
+class OwnBest:
+    """Throughput of a sitting beside its own best so far, by windows: what is over in a minute is not worth a line."""
+
+    def __init__(self) -> None:
+        self._window: list[Pace] = []
+        self._window_s, self._told = 0.0, 0
+        self._best: Pace | None = None
+
+    def took(self, pace: Pace, step_s: float) -> str | None:
+        """A line where a window that ends here is slower; at most three in all."""
+        self._window.append(pace)
+        self._window_s += step_s
+        if len(self._window) < _WINDOW_STEPS or self._window_s < _WINDOW_S:
+            return None
+        now, best, line = middle(self._window), self._best, None
+        self._window, self._window_s = [], 0.0
+        if best and self._told < _MOST and (line := judge_decline(best, now)):
+            self._told += 1
+        # From a line on, what it has become is what it is held to.
+        if best is None or line or now.tokens_per_s > best.tokens_per_s:
+            self._best = now
+        return line
 
 
 def middle(paces: list[Pace]) -> Pace:
