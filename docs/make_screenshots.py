@@ -2,8 +2,8 @@
 
     python docs/make_screenshots.py FOLDER [--runs RUNS]
 
-Trains the demo's two jobs for a minute each (unless --runs names a folder of runs that are there), starts TensorBoard on them and has a
-headless Chromium take a picture of each page. Needs chromium or google-chrome, and two free cores.
+Trains the demo's two jobs for a minute each and profiles one (unless --runs names a folder of runs that are there), starts TensorBoard
+on them and has a headless Chromium take a picture of each page. Needs chromium or google-chrome, and two free cores.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def trained(runs: Path) -> Path:
     for task in ("films", "trains"):
         command = [sys.executable, "-c", PROGRAM, "train", f"jobs/demo/{task}.toml", "--run", str(runs / task), *ranks, *sets]
         subprocess.run(command, cwd=ROOT, check=True)
+    command = [sys.executable, "-c", PROGRAM, "profile", "jobs/demo/films.toml", "--run", str(runs / "films"), *ranks]
+    subprocess.run(command, cwd=ROOT, check=True)
     return runs
 
 
@@ -81,7 +83,8 @@ def tensorboard(runs: list[Path]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    named = ",".join(f"{run.name}:{run.resolve() / 'tensorboard'}" for run in runs)
+    places = [(run.name, run / "tensorboard") for run in runs] + [(f"{run.name} profile", run / "profile") for run in runs]
+    named = ",".join(f"{name}:{place.resolve()}" for name, place in places if place.is_dir())
     command = [sys.executable, "-m", "tensorboard.main", "--logdir_spec", named, "--port", str(port), "--load_fast", "false"]
     # Every histogram and text that there is, not a sample.
     server = subprocess.Popen(

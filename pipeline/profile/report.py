@@ -22,7 +22,6 @@ from pipeline.profile.measure import FIRST, Measured
 from pipeline.profile.stopwatch import GATHER, PARTS, Key
 from pipeline.session import Session
 from pipeline.train.engine import Ranks
-from pipeline.train.environment import environment
 from pipeline.train.loop import Course, peak_memory_bytes
 
 SCHEMA_VERSION = 1
@@ -46,15 +45,18 @@ def of_rank(found: Measured, ranks: Ranks, rate: float) -> Rank:
     return Rank(found.seconds, found.followed.bytes, peak_memory_bytes(ranks.device), rate)
 
 
-def report_of(session: Session, course: Course, start_s: dict[str, float], found: Measured, everyone: list[Rank]) -> dict[str, Any]:
+def report_of(
+    session: Session, course: Course, start_s: dict[str, float], found: Measured, everyone: list[Rank], where: dict[str, Any]
+) -> dict[str, Any]:
     """Args:
         start_s: seconds by what came before the first step.
         found: of the first rank.
+        where: as in `environment.json`.
 
     Returns:
         Ready for JSON.
     """
-    job, ranks, asked, plain = session.job, session.ranks, session.setting, found.steps["plain"]
+    job, asked, plain = session.job, session.setting, found.steps["plain"]
     steps = len(plain)
     step_s = sum(row["step_s"] for row in plain) / steps
     shares_s = _split(everyone, steps)
@@ -76,7 +78,7 @@ def report_of(session: Session, course: Course, start_s: dict[str, float], found
             "batch_examples": job.train.batch_examples,
             "micro_batch_tokens": job.train.micro_batch_tokens,
         },
-        "environment": environment(ranks.count, ranks.device),
+        "environment": where,
         "steps": {name: len(rows) for name, rows in found.steps.items()} | {"first": FIRST},
         "start_s": start_s | {"first step": found.first_s},
         "speed": speed,

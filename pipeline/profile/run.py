@@ -26,6 +26,7 @@ from pipeline.profile.stopwatch import Places
 from pipeline.screen import Screen
 from pipeline.session import open_session
 from pipeline.train.engine import Ranks
+from pipeline.train.environment import environment
 from pipeline.train.loop import Course
 from pipeline.weights.atomic import new_folder, write_json
 
@@ -55,9 +56,10 @@ def profile(job: Job, run: Path, ranks: Ranks, screen: Screen, steps: int) -> di
         assert isinstance(found, Measured)
         everyone: list[Any] = [None] * ranks.count
         dist.all_gather_object(everyone, of_rank(found, ranks, rate))
+        where = environment(ranks)
         if folder is None:
             return {}
-        report = report_of(session, course, {"starting the process": started_s, **places.seconds}, found, everyone)
+        report = report_of(session, course, {"starting the process": started_s, **places.seconds}, found, everyone, where)
         write_json(folder / REPORT, report)
         draw(report, folder / PICTURE)
         write_board(report, folder / PICTURE, folder)

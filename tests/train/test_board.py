@@ -6,10 +6,10 @@ import re
 from html import unescape
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata
 
 from pipeline.evaluate.score import Prediction
@@ -62,7 +62,10 @@ def test_settings_stand_beside_scores_in_the_same_run(tmp_path, gpt2_base):
     assert b"train/loss" in layout
 
 
+@pytest.mark.filterwarnings("ignore:html5lib:DeprecationWarning")
 def test_samples_are_shown_as_they_are():
+    from tensorboard.plugin_util import markdown_to_safe_html
+
     said = "# no heading\n*a* | b <b>c</b> & `d` [e](f) \\g _h_ 1. i\n- j"
     shown = markdown(SimpleNamespace(parts=[SimpleNamespace(predictions=[Prediction("p", said, ()), Prediction("q", "", ("r",))])]))
     cells = re.findall(r"<td[^>]*>(.*?)</td>", markdown_to_safe_html(shown), re.DOTALL)
@@ -78,8 +81,6 @@ def test_singular_values_are_those_of_the_update(outputs, rank):
     adapted = tuple(SimpleNamespace(module=f"h.{layer}.attn", branches=[branch]) for layer in (2, 10))
     found = singular_values(adapted, values)
     assert list(found) == ["layer_02.q", "layer_10.q"]
-    import numpy as np
-
     whole = np.linalg.svd((2.5 * values["m.0.b"] @ values["m.0.a"]).numpy(), compute_uv=False)[: min(rank, outputs)]
     np.testing.assert_allclose(found["layer_02.q"].numpy()[: len(whole)], whole, rtol=1e-5)
 
