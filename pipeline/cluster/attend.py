@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.cluster import queue
@@ -22,6 +22,7 @@ from pipeline.job.errors import JobError
 
 IN_A_ROW = {RANK_FAILED: 3, STOPPED: 10}
 """So many ends of that kind in a row without a newer saved state are the last: the job would go round for ever."""
+WARNING = signal.SIGUSR1
 _SIGNALLED = 128
 
 
@@ -49,19 +50,19 @@ def attend(run: Path, command: list[str]) -> int:
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
     try:
-        code, warned, terminated = _watch(command, {**os.environ, REPORTS: str(reports)})
+        code, came = _watch(command, {**os.environ, REPORTS: str(reports)})
         told = reported(reports)
     finally:
         shutil.rmtree(reports, ignore_errors=True)
     first = cause(list(told.values())) if told else None
-    end = judged(code, warned, End(first.exit_code, first.message) if first else None)
-    state = queue.queued(job) if terminated else None
+    end = judged(code, came[WARNING], End(first.exit_code, first.message) if first else None)
+    known = queue.queued(job) if came[signal.SIGTERM] else None
     ended = Ended(job, restart, end.exit_code, end.why, newest_step(run), "done")
-    then, note_too = next_of(ended, events(run), state.state if terminated and state else None)
-    ended = Ended(job, restart, end.exit_code, end.why + note_too, ended.step, then)
-    note(run, ended)
-    _say(f"{ended.why} Exit code {end.exit_code}: {then}.")
-    if then == "requeued" and (refused := queue.requeue(job)):
+    then, more = next_of(ended, events(run), known.state if known else None)
+    note(run, replace(ended, why=f"{end.why}{more}", then=then))
+    _say(f"{end.why}{more} Exit code {end.exit_code}: {then}.")
+    # Slurm may have begun to end the job meanwhile, and asks nobody then.
+    if then == "requeued" and (refused := queue.requeue(job)) and not came[signal.SIGTERM]:
         note(run, Refused(job, refused))
         _say(f"it is not requeued: {refused}")
     return end.exit_code
@@ -112,16 +113,16 @@ def next_of(ended: Ended, before: list[Event], state: str | None) -> tuple[Then,
     return "requeued", ""
 
 
-def _watch(command: list[str], environment: dict[str, str]) -> tuple[int, bool, bool]:
-    """The command's exit code as a shell has it, whether the warning came, and whether Slurm ends the job."""
-    came: dict[int, bool] = {signal.SIGUSR1: False, signal.SIGTERM: False}
+def _watch(command: list[str], environment: dict[str, str]) -> tuple[int, dict[int, bool]]:
+    """The command's exit code as a shell has it, and which signals have come so far: the warning, and the one by which Slurm ends a job."""
+    came: dict[int, bool] = {WARNING: False, signal.SIGTERM: False}
     started: list[subprocess.Popen[bytes]] = []
 
     def on_signal(number: int, _: object) -> None:
         came[number] = True
-        if number == signal.SIGUSR1 and started and started[0].poll() is None:
+        if number == WARNING and started and started[0].poll() is None:
             # srun hands it to all ranks. Slurm itself sends them the SIGTERM.
-            started[0].send_signal(signal.SIGUSR1)
+            started[0].send_signal(WARNING)
 
     for number in came:
         signal.signal(number, on_signal)
@@ -129,10 +130,10 @@ def _watch(command: list[str], environment: dict[str, str]) -> tuple[int, bool, 
         started.append(subprocess.Popen(command, env=environment))
     except OSError as error:
         raise JobError(f"{command[0]}: {error.strerror}. A batch script runs its ranks by srun.") from None
-    if came[signal.SIGUSR1]:
-        started[0].send_signal(signal.SIGUSR1)
+    if came[WARNING]:
+        started[0].send_signal(WARNING)
     code = started[0].wait()
-    return code if code >= 0 else _SIGNALLED - code, came[signal.SIGUSR1], came[signal.SIGTERM]
+    return code if code >= 0 else _SIGNALLED - code, came
 
 
 def _lost(code: int) -> str:

@@ -57,7 +57,7 @@ def place(slurm, gpt2_base, tmp_path_factory):
 def slow_jobs(slurm, place):
     """What is looked at last, by name, and its accidents."""
     two = ("cluster.nodes=2", "cluster.ranks_per_node=1", *COURSE)
-    limit = ("cluster.ranks_per_node=2", 'cluster.time="2"', "cluster.warn_s=60", *COURSE)
+    limit = ("cluster.ranks_per_node=1", 'cluster.time="2"', "cluster.warn_s=60", *COURSE)
     found = {"limit": submitted(place, "limit", *limit, nodes="node4", step_s=1.0)}
     found["lost"] = submitted(place, "lost", *two, nodes="node[5-6]", step_s=0.3)
     if slurm.isolated:
@@ -85,7 +85,7 @@ def submitted(place, name, *overrides, nodes="", step_s=0.0, **options):
     return submit(job, Asked(place / "job.toml", place / name, ("zlora", "submit", "job.toml"), **options))["job"]
 
 
-def ended(slurm, job, patience_s=150):
+def ended(slurm, job, patience_s=240):
     """Waits for the job's end; returns its state."""
     deadline = time.monotonic() + patience_s
     while (state := slurm.state(job))["JobState"] not in ENDED:
@@ -94,7 +94,7 @@ def ended(slurm, job, patience_s=150):
     return state["JobState"]
 
 
-def wait_for(done, what, patience_s=90):
+def wait_for(done, what, patience_s=180):
     deadline = time.monotonic() + patience_s
     while not done():
         assert time.monotonic() < deadline, what
@@ -169,7 +169,7 @@ def test_a_killed_rank_and_a_cancelled_job_lose_nothing(slurm, place, uninterrup
     assert delta_bytes(run) == delta_bytes(uninterrupted)
 
 
-def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(slurm, place, uninterrupted, slow_jobs):
+def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(slurm, place, ranks1, slow_jobs):
     run, job = place / "limit", slow_jobs["limit"]
     wait_for(lambda: "goes on" in log(run), "the second allocation, after Slurm's own warning")
     if len(sittings(run)) == 1:
@@ -180,18 +180,17 @@ def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(sl
     assert set(before) == {(75, "requeued")}
     assert last == (0, "done")
     assert begun(run) == list(range(len(before) + 1))
-    assert rows(run) == rows(uninterrupted)
-    assert delta_bytes(run) == delta_bytes(uninterrupted)
+    trained(ranks1, place / "job.toml", place / "limit-here", *COURSE)
+    assert rows(run) == rows(place / "limit-here")
+    assert delta_bytes(run) == delta_bytes(place / "limit-here")
 
 
-@pytest.mark.parametrize(
-    ("code", "then"), [(0, "done"), (1, "not requeued"), (2, "not requeued"), (4, "not requeued"), (76, "not requeued")]
-)
-def test_only_failures_that_another_start_helps_come_back_and_not_for_ever(code, then, slurm, place):
+@pytest.mark.parametrize("code", [0, 1, 2, 4, 76])
+def test_only_failures_that_another_start_helps_come_back_and_not_for_ever(code, slurm, place):
     run = place / f"code {code}"
-    job = submitted(place, run.name, "cluster.ranks_per_node=1", f'cluster.template="{template(place, f"sh -c 'exit {code}'")}"')
+    job = submitted(place, run.name, "cluster.ranks_per_node=1", instead(place, f"sh -c 'exit {code}'"))
     assert ended(slurm, job) == ("FAILED" if code else "COMPLETED")
-    assert sittings(run) == ([(76, "requeued")] * 2 if code == 76 else []) + [(code, then)]
+    assert sittings(run) == ([(76, "requeued")] * 2 if code == 76 else []) + [(code, "not requeued" if code else "done")]
     assert slurm.state(job)["ExitCode"] == f"{code}:0"
     if code == 76:
         assert "So it ended 3 times in a row without a newer saved state. Exit code 76: not requeued." in log(run)
