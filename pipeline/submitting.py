@@ -100,6 +100,8 @@ def submit(job: Job, asked: Asked) -> dict[str, Any]:
 def _refuse_another(job: Job, asked: Asked) -> None:
     """What training would refuse, or stumble over, after the wait in the queue."""
     refuse_foreign(asked.run)
+    if found := next((character for character in "%\\" if character in str(asked.run.absolute())), None):
+        raise JobError(f"{asked.run}: Slurm does not take {found} in the folder of a log as it is. Use --run for another folder.")
     if begun(asked.run) and not asked.fresh and (before := read_resolved(asked.run / "job.toml")):
         refuse_changes(changes(before, job), str(asked.run), asked.accept_changes)
     last = next((event for event in reversed(events(asked.run)) if isinstance(event, Submitted)), None)

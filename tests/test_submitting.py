@@ -131,6 +131,9 @@ def test_what_cannot_work_is_refused_before_the_queue(place, monkeypatch):
 
     assert "Give --gpus-per-node N, or cluster.ranks_per_node" in refused()
     assert "asked to save by SIGUSR1. Add it." in refused("cluster.ranks_per_node=1", 'train.stop_signals=["SIGTERM"]')
+    for name in ("a%j", "a\\b"):
+        with pytest.raises(JobError, match="Slurm does not take"):
+            submit(read_job(place / "job.toml", ("cluster.ranks_per_node=1",)), Asked(place / "job.toml", place / name, ()))
     gpus = ("cluster.gpus_per_node=2", 'cluster.gpu="v100"')
     assert "--gpu v100: several of that name" in refused(*gpus)
     assert "v100-16g does not compute in bf16" in refused("cluster.gpus_per_node=2", 'cluster.gpu="v100-16g"', "base.dtype=bf16")

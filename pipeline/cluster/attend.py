@@ -58,9 +58,10 @@ def attend(run: Path, command: list[str]) -> int:
     end = judged(code, came[WARNING], End(first.exit_code, first.message) if first else None)
     known = queue.queued(job) if came[signal.SIGTERM] else None
     ended = Ended(job, restart, end.exit_code, end.why, newest_step(run), "done")
-    then, more = next_of(ended, events(run), known.state if known else None)
-    note(run, replace(ended, why=f"{end.why}{more}", then=then))
-    _say(f"{end.why}{more} Exit code {end.exit_code}: {then}.")
+    then, more = next_of(ended, events(run), known)
+    why = f"{end.why.rstrip('.')}.{more}"
+    note(run, replace(ended, why=why, then=then))
+    _say(f"{why} Exit code {end.exit_code}: {then}.")
     # Slurm may have begun to end the job meanwhile, and asks nobody then.
     if then == "requeued" and (refused := queue.requeue(job)) and not came[signal.SIGTERM]:
         note(run, Refused(job, refused))
@@ -87,19 +88,20 @@ def judged(code: int, warned: bool, told: End | None) -> End:
     return End(code, "The ranks said no more than their log does." if code != STOPPED else "Stopped on request; everything is saved.")
 
 
-def next_of(ended: Ended, before: list[Event], state: str | None) -> tuple[Then, str]:
+def next_of(ended: Ended, before: list[Event], known: queue.Queued | None) -> tuple[Then, str]:
     """What becomes of the job, and what a person should know about it.
 
     Args:
         before: the run's record so far.
-        state: Slurm's, where Slurm ends the job itself (it was cancelled, preempted, out of time, or lost a node).
+        known: how Slurm sees it, where Slurm ends the job itself: it was cancelled, preempted, out of time, or lost a node.
     """
     if ended.exit_code == 0:
         return "done", ""
     # Out of time: the warning came too late, or was not answered in time.
-    kind = RANK_FAILED if state == "TIMEOUT" else ended.exit_code
-    if state not in (None, "TIMEOUT"):
-        return "left to Slurm", f" Slurm ended the job: {state}."
+    late = known is not None and known.reason == "TimeLimit"
+    kind = RANK_FAILED if late else ended.exit_code
+    if known and not late:
+        return "left to Slurm", " Slurm ended the job."
     if kind not in IN_A_ROW:
         return "not requeued", ""
     times = 1

@@ -26,7 +26,7 @@ class Queued:
     state: str
     """PENDING, RUNNING, COMPLETING, ..., or one of `ENDED`."""
     reason: str
-    """Why it waits, or how it ended; None: it does not say."""
+    """Why it waits, or how it ended, while `state` may still be COMPLETING: TimeLimit, NodeDown, ...; "None": it does not say."""
 
     @property
     def over(self) -> bool:

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from pipeline.cluster.attend import End, judged, next_of
+from pipeline.cluster.queue import Queued
 from pipeline.cluster.record import FILE, Began, Ended, events, note
 
 SCONTROL = """#!/bin/sh
@@ -58,11 +59,11 @@ def test_failures_without_a_newer_state_are_counted():
 
 
 def test_what_slurm_ends_is_left_to_it_but_for_the_limit():
-    for state in ("CANCELLED", "NODE_FAIL", "PREEMPTED"):
-        assert next_of(end(75, 5), [], state) == ("left to Slurm", f" Slurm ended the job: {state}.")
-    assert next_of(end(75, 5), [], "TIMEOUT")[0] == "requeued"
-    assert next_of(end(75, 5), [end(75, 5)] * 2, "TIMEOUT")[0] == "not requeued"
-    assert next_of(end(0, 5), [], "TIMEOUT")[0] == "done"
+    cancelled, late = Queued("7", "COMPLETING", "None"), Queued("7", "COMPLETING", "TimeLimit")
+    assert next_of(end(75, 5), [], cancelled) == ("left to Slurm", " Slurm ended the job.")
+    assert next_of(end(75, 5), [], late)[0] == "requeued"
+    assert next_of(end(75, 5), [end(75, 5)] * 2, late)[0] == "not requeued"
+    assert next_of(end(0, 5), [], late)[0] == "done"
 
 
 def test_the_record_outlives_a_line_that_was_cut(tmp_path):
