@@ -25,6 +25,9 @@ from pipeline.job.errors import JobError
 
 PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
 """This program, whatever folder it starts in: `python -m` would look for `pipeline` in the current folder first."""
+CPU_RANK = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
+"""Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once. It looks at this when a
+process starts, so ranks that a batch script starts need it from there."""
 _FOLDER = "ZLORA_LAUNCH"
 _MEETING = "ZLORA_RENDEZVOUS"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"
@@ -215,11 +218,8 @@ def rank_environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str
 
 
 def _defaults(cores: int, gpus: int) -> dict[str, str]:
-    # Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once. (It reads this
-    # when a process starts, so srun's ranks have it from the batch script only.)
-    on_cpu = {} if gpus else {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
     return {
-        **on_cpu,
+        **({} if gpus else CPU_RANK),
         "OMP_NUM_THREADS": str(max(1, cores)),
         # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": "PASSIVE",

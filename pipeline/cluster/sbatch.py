@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster.launch import CPU_RANK
 from pipeline.job.cluster import Cluster, control_character
 from pipeline.job.errors import JobError
 
@@ -62,7 +63,7 @@ def render(template: str, where: str, cluster: Cluster, training: Training, made
     values = {
         "made": _comments(made),
         "sbatch": "\n".join(f"#SBATCH {option}" for option in _options(cluster, training.name)),
-        "environment": "\n".join(f"export {name}={_quoted(value)}" for name, value in cluster.environment.items()),
+        "environment": "\n".join(f"export {name}={_quoted(value)}" for name, value in _variables(cluster).items()),
         "setup": "\n".join(cluster.setup),
         "folder": _quoted(str(training.folder)),
         "zlora": _words(training.program),
@@ -113,6 +114,11 @@ def _options(cluster: Cluster, name: str) -> list[str]:
         "--export": "ALL",
     }
     return [*(f"{name}={value}" for name, value in options.items() if value is not None), "--requeue", *cluster.sbatch]
+
+
+def _variables(cluster: Cluster) -> dict[str, str]:
+    """Of the ranks: zlora's, and over them the user's."""
+    return {**({} if cluster.gpus_per_node else CPU_RANK), **cluster.environment}
 
 
 def _step_options(cluster: Cluster) -> list[str]:

@@ -57,12 +57,16 @@ def place(slurm, gpt2_base, tmp_path_factory):
 def slow_jobs(slurm, place):
     """What is looked at last, by name, and its accidents."""
     two = ("cluster.nodes=2", "cluster.ranks_per_node=1", *COURSE)
-    limit = ("cluster.ranks_per_node=1", 'cluster.time="2"', "cluster.warn_s=60", *COURSE)
+    limit = ("cluster.ranks_per_node=1", 'cluster.time="2"', "cluster.warn_s=60", 'cluster.environment.OMP_NUM_THREADS="1"', *COURSE)
     found = {"limit": submitted(place, "limit", *limit, nodes="node4", step_s=1.0)}
     found["lost"] = submitted(place, "lost", *two, nodes="node[5-6]", step_s=0.3)
     if slurm.isolated:
         slurm.pull_the_plug("node8")
     found["late"] = submitted(place, "late", *two, nodes="node[7-8]")
+
+    stubborn = """sh -c 'trap "" USR1; trap "exit 75" TERM; [ $SLURM_RESTART_COUNT ] || for i in $(seq 1000); do sleep 0.2; done' """
+    found["overdue"] = submitted(place, "overdue", "cluster.ranks_per_node=1", instead(place, stubborn), nodes="node7")
+    slurm.run("scontrol", "update", f"JobId={found['overdue']}", "TimeLimit=1")
 
     def accidents():
         wait_for(lambda: sittings(place / "late"), "the absent node")
@@ -240,9 +244,15 @@ def test_a_job_may_come_after_another_and_what_sbatch_refuses_leaves_nothing(slu
     scripts = sorted(file.name for file in (place / "first" / "slurm").glob("*.sbatch"))
     assert scripts == ["1.sbatch", "2.sbatch"]
     before = {path.name for path in place.iterdir()}
-    with pytest.raises(JobError, match="sbatch: .*invalid partition specified: nowhere"):
+    with pytest.raises(JobError, match=r"sbatch: .*invalid partition specified: nowhere"):
         submitted(place, "refused", *settings, 'cluster.partition="nowhere"')
     assert {path.name for path in place.iterdir()} == before
+
+
+def test_a_job_that_does_not_answer_the_warning_comes_back_from_its_limit_too(slurm, place, slow_jobs):
+    assert ended(slurm, slow_jobs["overdue"]) == "COMPLETED", log(place / "overdue")
+    assert sittings(place / "overdue") == [(75, "requeued"), (0, "done")]
+    assert "DUE TO TIME LIMIT" in log(place / "overdue")
 
 
 def test_a_node_that_is_lost_or_late_costs_time_only(slurm, place, uninterrupted, slow_jobs):
