@@ -124,7 +124,8 @@ class Slurm:
         self._clear(space, outside)
         for words in (
             f"ip netns add {space}",
-            f"ip link add {outside} type veth peer name eth0 netns {space}",
+            # A node that is booted again has the address that the others remember.
+            f"ip link add {outside} type veth peer name eth0 address 02:00:00:00:00:{number:02x} netns {space}",
             f"ip link set {outside} master {self._bridge} up",
             f"ip -n {space} addr add {self._net}.{number}/24 dev eth0",
             f"ip -n {space} link set eth0 up",
