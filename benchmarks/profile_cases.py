@@ -99,13 +99,14 @@ def memory(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def data(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    job = make(folder, "data", 256, 4, 60000, 60)
+    job = make(folder, "data", 256, 4, 15000, 2000)
+    size = ("train.max_tokens=64", 'task.too_long="truncate"')
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    profiled(job, folder / "data-made", [])
+    profiled(job, folder / "data-made", [], *size)
     device = folder.stat().st_dev
     with limited("blkio", "blkio.throttle.read_iops_device", f"{os.major(device)}:{os.minor(device)} {READS_PER_S}") as begin:
-        yield "as it is", profiled(job, folder / "data-0", [*evicting(folder / "cache"), *begin])
-    yield "the cache on a local disk", profiled(job, folder / "data-1", evicting(folder / "cache"))
+        yield "as it is", profiled(job, folder / "data-0", [*evicting(folder / "cache"), *begin], *size)
+    yield "the cache on a local disk", profiled(job, folder / "data-1", evicting(folder / "cache"), *size)
 
 
 def evicting(folder: Path) -> list[str]:
