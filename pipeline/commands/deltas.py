@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,34 +13,48 @@ from pipeline.commands import options
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base that the delta was trained on.")],
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's folder delta/ or best/.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base that the deltas were trained on.")],
+    delta: Annotated[list[str], typer.Argument(metavar="DELTA[:WEIGHT]...", help="A run's folder delta/ or best/; several: their sum.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged checkpoint goes; absent or empty.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the result; the base's when absent.")] = None,
+    workers: options.Workers = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Merge a delta into its base: an ordinary checkpoint, and merge.json as its certificate.
+    """Merge deltas into their base: an ordinary checkpoint, and merge.json as its certificate. Killed, the same command goes on.
 
     Example: zlora merge gpt2-medium runs/gpt2_medium_lora/delta --out merged
     """
-    from pipeline.deltas.merge import CERTIFICATE
+    from pipeline.deltas.beside import CERTIFICATE
     from pipeline.deltas.merge import merge as merge_files
+    from pipeline.deltas.mixture import parse_share
     from pipeline.screen import Screen
     from pipeline.weights.hub import local_base
 
     screen = Screen(sys.stderr)
-    certificate = merge_files(local_base(base, revision), delta, out, lambda items: screen.progress("merging", items))
+    certificate = merge_files(
+        local_base(base, revision),
+        [parse_share(text) for text in delta],
+        out,
+        lambda names: screen.progress("merging", names),
+        dtype=dtype,
+        workers=workers,
+        say=screen.print,
+    )
     if as_json:
         print(json.dumps(certificate))
         return
-    errors = certificate["largest_rounding_error"]
-    rows = [
-        ("merged", str(out)),
-        ("tensors", f"{len(errors)} changed, the others copied byte by byte"),
-        ("rounding", f"{max(errors.values()):.3g} at most"),
-        ("certificate", str(out / CERTIFICATE)),
+    Screen(sys.stdout).table("done", [("merged", str(out)), *_rounding(certificate), ("certificate", str(out / CERTIFICATE))])
+
+
+def _rounding(certificate: dict[str, Any]) -> list[tuple[str, str]]:
+    changed = [row for row in certificate["tensors"].values() if row["changed_elements"]]
+    moved, vanished = (sum(row[f"{what}_elements"] for row in changed) for what in ("changed", "vanished"))
+    return [
+        ("tensors", f"{len(changed)} changed, {'the others converted' if certificate['dtype'] else 'the others copied byte by byte'}"),
+        ("rounding", f"{max((row['largest_error'] for row in certificate['tensors'].values()), default=0):.3g} at most"),
+        ("vanished", f"{vanished:,} of {moved:,} changed elements are too small a change for the dtype"),
     ]
-    Screen(sys.stdout).table("done", rows)
 
 
 def import_(
