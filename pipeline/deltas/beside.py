@@ -68,9 +68,9 @@ def _announce_sizes(mixture: Mixture, layouts: Sequence[Layout], folder: Path) -
     if not (folder / INDEX_NAME).is_file():
         return
     index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    index["weight_map"] = {
-        name: file for name, file in index["weight_map"].items() if name not in mixture.head_tensors
-    } | dict.fromkeys(mixture.head_tensors, layouts[-1].name)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in mixture.head_tensors} | dict.fromkeys(
+        mixture.head_tensors, layouts[-1].name
+    )
     metadata = index.get("metadata", {})
     pieces = [piece for layout in layouts for piece in layout.pieces]
     if "total_size" in metadata:

@@ -1,11 +1,12 @@
 """`merge.json`, the certificate of a merged folder: what went in, what came out, and what rounding made of it.
 
-    base, deltas     paths, digests, weights and manifests of what went in
-    dtype            asked for; null: the base's
-    result           `files`: sha256 of each weight file; `digest` of them all, as a base's; `beside`: sha256 of the other files
-    tensors          of each changed or converted tensor, what `Rounding` says
-    running          of each weight file, sha256 (its first 16 digits) of all bytes up to the end of the header, and of each tensor
-    logits           merged and unmerged model compared; null: not asked
+base, deltas     paths, digests, weights and manifests of what went in
+dtype            asked for; null: the base's
+result           `files`: sha256 of each weight file; `digest` of them all, as a base's; `beside`: sha256 of the other files
+tensors          of each tensor that a delta changes, what `Rounding` says
+converted        of each other tensor that has another dtype than in the base, the same
+running          of each weight file, sha256 (its first 16 digits) of all bytes up to the end of the header, and of each tensor
+logits           merged and unmerged model compared; null: not asked
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,18 @@ class Sums:
     """Of one file of the result, while its bytes go by."""
 
     sha: Any = field(default_factory=hashlib.sha256)
-    bytes: int = 0
+    length: int = 0
+    """Bytes so far."""
     running: list[list[Any]] = field(default_factory=list)
     """Tensor, byte behind it, digits."""
     tensors: dict[str, Rounding] = field(default_factory=dict)
 
     def take(self, data: bytes | memoryview) -> None:
         self.sha.update(data)
-        self.bytes += len(data)
+        self.length += len(data)
 
     def end(self, tensor: str) -> None:
-        self.running.append([tensor, self.bytes, self.sha.hexdigest()[:_RUNNING_DIGITS]])
+        self.running.append([tensor, self.length, self.sha.hexdigest()[:_RUNNING_DIGITS]])
 
     def row(self) -> dict[str, Any]:
         return {
@@ -54,14 +57,16 @@ class Sums:
         }
 
 
-def certificate_of(mixture: Mixture, rows: dict[str, dict[str, Any]], beside: Path, logits: dict[str, Any] | None) -> dict[str, Any]:
+def certificate_of(
+    mixture: Mixture, rows: dict[str, dict[str, Any]], beside: dict[str, str], logits: dict[str, Any] | None
+) -> dict[str, Any]:
     """
     Args:
         rows: of each weight file, what its `Sums` say.
-        beside: folder with the other files.
+        beside: sha256 of each other file.
     """
     files = {name: row["sha256"] for name, row in rows.items()}
-    others = (file for file in sorted(beside.iterdir()) if file.is_file() and file.name not in (*files, CERTIFICATE))
+    rounded = {name: rounding for row in rows.values() for name, rounding in row["tensors"].items()}
     return {
         "schema_version": SCHEMA_VERSION,
         "base": {"path": str(mixture.base.resolve()), "digest": base_digest(mixture.digests), "files": mixture.digests},
@@ -75,11 +80,18 @@ def certificate_of(mixture: Mixture, rows: dict[str, dict[str, Any]], beside: Pa
             for one in mixture.shares
         ],
         "dtype": mixture.dtype,
-        "result": {"digest": base_digest(files), "files": files, "beside": {file.name: sha256_of(file) for file in others}},
-        "tensors": {name: rounding for row in rows.values() for name, rounding in row["tensors"].items()},
+        "result": {"digest": base_digest(files), "files": files, "beside": beside},
+        "tensors": {name: rounding for name, rounding in rounded.items() if name in mixture.changes},
+        "converted": {name: rounding for name, rounding in rounded.items() if name not in mixture.changes},
         "running": {name: row["running"] for name, row in rows.items()},
         "logits": logits,
     }
+
+
+def beside_digests(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """sha256 of each file that is neither one of the weights nor the certificate."""
+    others = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in (*files, CERTIFICATE))
+    return {file.name: sha256_of(file) for file in others}
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
@@ -91,9 +103,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
     try:
         certificate = read_json(file)
         if certificate["schema_version"] != SCHEMA_VERSION:
-            raise JobError(
-                f"{file}: schema_version {certificate['schema_version']}; this zlora reads {SCHEMA_VERSION}. Merge anew from base and delta."
-            )
+            raise JobError(f"{file}: schema_version {certificate['schema_version']}; this zlora reads {SCHEMA_VERSION}. Merge anew.")
         if not _sound(certificate):
             raise ValueError("not of the form of a certificate")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,15 +117,18 @@ def _sound(certificate: dict[str, Any]) -> bool:
     names: Sequence[Any] = [*result["files"], *result["beside"]]
     return (
         all(plain_name(name) for name in names)
-        and all(isinstance(digest, str) for digest in (*result["files"].values(), *result["beside"].values(), certificate["base"]["digest"]))
+        and all(
+            isinstance(digest, str) for digest in (*result["files"].values(), *result["beside"].values(), certificate["base"]["digest"])
+        )
         and running.keys() == result["files"].keys()
         and all(
             isinstance(name, str) and isinstance(end, int) and not isinstance(end, bool) and isinstance(digits, str)
             for rows in running.values()
             for name, end, digits in rows
         )
-        and all(a[1] <= b[1] and a[1] >= 0 for rows in running.values() for a, b in zip(rows, rows[1:], strict=False))
-        and all(isinstance(name, str) for name in certificate["tensors"])
+        and all(a[1] <= b[1] and a[1] >= 0 for rows in running.values() for a, b in pairwise(rows))
+        and isinstance(certificate["tensors"], dict)
+        and isinstance(certificate["converted"], dict)
         and certificate["dtype"] in (None, "fp32", "bf16", "fp16")
         and isinstance(certificate["deltas"], list)
     )

@@ -80,7 +80,11 @@ class Change:
             of: how many rows the base has.
         """
         last = first + len(stored)
-        update = stored.new_zeros(()) if not self.added else sum((one.rows(first, last) for one in self.added[1:]), self.added[0].rows(first, last))
+        update = (
+            stored.new_zeros(())
+            if not self.added
+            else sum((one.rows(first, last) for one in self.added[1:]), self.added[0].rows(first, last))
+        )
         moved = (update != 0).expand_as(stored)
         result = stored + update
         if self.replaced:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.deltas.beside import CERTIFICATE, write_beside
-from pipeline.deltas.certificate import HEADER, SCHEMA_VERSION, Sums, certificate_of, read_certificate
+from pipeline.deltas.certificate import HEADER, SCHEMA_VERSION, Sums, beside_digests, certificate_of, read_certificate
 from pipeline.deltas.layout import Layout, layouts_of
 from pipeline.deltas.mixture import Mixture, mix
 from pipeline.deltas.parallel import Progress, Tick, side_by_side
@@ -74,9 +74,10 @@ def merge(
     with _journal(work, out, asked, say) as (journal, finished):
         result, layouts = work / _RESULT, layouts_of(mixture)
         rows = _write_files(layouts, result, journal, finished, workers, progress)
+        names = [layout.name for layout in layouts]
         write_beside(mixture, layouts, result)
         logits = check(mixture, result) if check else None
-        certificate = certificate_of(mixture, {layout.name: rows[layout.name] for layout in layouts}, result, logits)
+        certificate = certificate_of(mixture, {name: rows[name] for name in names}, beside_digests(result, names), logits)
         write_json(result / CERTIFICATE, certificate)
         for file in result.rglob("*"):
             fsync(file)

@@ -66,7 +66,8 @@ class Mixture:
     def asked(self) -> dict[str, Any]:
         """What tells it from others, wherever its files are."""
         deltas = [
-            {"sha256": one.stored.manifest.sha256, "manifest": sha256_of(one.folder / MANIFEST), "weight": one.weight} for one in self.shares
+            {"sha256": one.stored.manifest.sha256, "manifest": sha256_of(one.folder / MANIFEST), "weight": one.weight}
+            for one in self.shares
         ]
         return {"base": base_digest(self.digests), "deltas": deltas, "dtype": self.dtype}
 
@@ -146,8 +147,8 @@ def _refuse_unaddable(shares: Sequence[Share]) -> None:
         weights = [one.weight for one in owners]
         if len(owners) > 1 and (min(weights) < 0 or sum(weights) > 1 + 1e-9):
             raise JobError(
-                f'{owners[0].folder} and {owners[1].folder}: each has a trained copy of "{tensor}", and copies only mix as shares of a whole; '
-                f"their weights are {' and '.join(f'{weight:g}' for weight in weights)}. Give positive weights that sum to 1 at most, "
+                f'{owners[0].folder} and {owners[1].folder}: each has a trained copy of "{tensor}", and copies mix only as shares of '
+                f"one; their weights are {' and '.join(f'{weight:g}' for weight in weights)}. Give positive weights that sum to 1 at most, "
                 "such as 0.5 and 0.5."
             )
 
@@ -160,8 +161,7 @@ def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Pa
             fits = len(shape) == len(wanted) and all(size in (None, own) for size, own in zip(wanted, shape, strict=True))
             if entry is None or not fits:
                 found = "not there" if entry is None else f"of shape {list(entry.shape)}"
-                raise JobError(
-                    f'{delta}: adapts tensor "{name}" of shape {list(wanted)}, which in {checkpoint.folder} is {found}. Name the right base.'
-                )
+                where = f'{delta}: adapts tensor "{name}" of shape {list(wanted)}'
+                raise JobError(f"{where}, which in {checkpoint.folder} is {found}. Name the right base.")
         if entry is not None and not entry.dtype.is_floating_point:
             raise JobError(f'{delta}: adapts tensor "{name}", which {checkpoint.folder} stores in {entry.dtype}. Name the right base.')

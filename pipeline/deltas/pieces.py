@@ -16,7 +16,6 @@ from pipeline.job.errors import JobError
 from pipeline.weights.index import Entry
 from pipeline.weights.read import Reader, byte_view
 
-_COPY_BYTES = 1 << 22
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -42,7 +41,7 @@ def make_piece(piece: Piece, reader: Reader, write: Callable[[memoryview], None]
         write(byte_view(piece.head.to(piece.dtype).contiguous()))
         return None
     if piece.change is None and piece.dtype == piece.entry.dtype:
-        _copy(piece.entry, reader, write)
+        reader.read_run(piece.entry.file, piece.entry.start, piece.entry.bytes, write)
         return None
     return _round(piece, piece.entry, reader, write)
 
@@ -76,24 +75,11 @@ def _round(piece: Piece, entry: Entry, reader: Reader, write: Callable[[memoryvi
 
 def _write(exact: torch.Tensor, piece: Piece, write: Callable[[memoryview], None], found: Rounding) -> Rounding:
     rounded = exact.to(piece.dtype)
-    if piece.change is None:
-        # Infinity may be the base's own; what is finite must stay so.
-        lost = bool((exact.isfinite() & ~rounded.isfinite()).any())
-    else:
-        lost = not bool(rounded.isfinite().all())
-    if lost:
+    # What is infinite may be the base's own, where nothing is added to it.
+    if bool((~rounded.isfinite() & (exact.isfinite() if piece.change is None else True)).any()):
         assert piece.entry is not None
         why = "Is the delta sound?" if piece.change else "Choose another --dtype: bf16 has the range of fp32."
         raise JobError(f'{piece.entry.file}: tensor "{piece.name}" is not finite after the merge in {piece.dtype}. {why}')
     write(byte_view(rounded.contiguous()))
     error = (rounded.to(exact.dtype) - exact).abs().nan_to_num_(0.0).max() if exact.numel() else 0.0
     return replace(found, largest_error=max(found.largest_error, float(error)))
-
-
-def _copy(entry: Entry, reader: Reader, write: Callable[[memoryview], None]) -> None:
-    raw = replace(entry, dtype=torch.uint8, shape=(entry.bytes,))
-    buffer = torch.empty(min(_COPY_BYTES, entry.bytes), dtype=torch.uint8)
-    for first in range(0, entry.bytes, _COPY_BYTES):
-        part = buffer[: min(_COPY_BYTES, entry.bytes - first)]
-        reader.read(raw, first, part)
-        write(byte_view(part))

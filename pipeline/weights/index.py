@@ -16,6 +16,7 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.hub import INDEX_NAME, SINGLE_NAME
+from pipeline.weights.unfinished import refuse_unfinished
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,8 +64,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads the headers of a folder's safetensors files.
 
     Raises:
-        JobError: no such files, a file that is truncated or corrupt, an index that names what is not there.
+        JobError: no such files, a file that is truncated or corrupt, an index that names what is not there,
+            a folder in the middle of a switch.
     """
+    refuse_unfinished(folder)
     index = folder / INDEX_NAME
     if index.is_file():
         try:
