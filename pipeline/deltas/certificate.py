@@ -23,7 +23,7 @@ from pipeline.deltas.mixture import Mixture
 from pipeline.deltas.pieces import Rounding
 from pipeline.job.errors import JobError
 from pipeline.weights.digest import base_digest, sha256_of
-from pipeline.weights.parse import read_json
+from pipeline.weights.parse import plain_name, read_json
 
 SCHEMA_VERSION = 2
 _RUNNING_DIGITS = 16
@@ -132,8 +132,3 @@ def _sound(certificate: dict[str, Any]) -> bool:
         and certificate["dtype"] in (None, "fp32", "bf16", "fp16")
         and isinstance(certificate["deltas"], list)
     )
-
-
-def plain_name(name: Any) -> bool:
-    """Of a file in the folder itself, and no hidden one."""
-    return isinstance(name, str) and "/" not in name and "\0" not in name and not name.startswith(".") and name != ""

@@ -101,6 +101,7 @@ def mix(base: Path, given: Sequence[tuple[Path, float]], dtype: str | None = Non
         folder = delta_folder(path)
         stored = read_delta(folder)
         _refuse_unfolded(stored.manifest, folder)
+        _refuse_not_finite(stored, folder)
         shares.append(Share(folder, weight, stored))
     _refuse_unaddable(shares)
     checkpoint = open_checkpoint(base)
@@ -123,6 +124,13 @@ def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
         f"{delta}: was trained by {' and '.join(kinds)}, which puts into the model what no ordinary checkpoint has a place for. "
         "Use it as it is (zlora generate --delta, zlora evaluate), or train by a method that merges: lora, full, full_top, bitfit."
     )
+
+
+def _refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
+    pairs = {f"{name}.lora_{part}": tensor for name, pair in stored.pairs.items() for part, tensor in zip("AB", pair, strict=True)}
+    for name, tensor in (pairs | stored.head | stored.replaced | stored.added).items():
+        if not tensor.isfinite().all():
+            raise JobError(f"{delta}: {name} has a value that is not finite. Its training diverged, or it is damaged; take an earlier one.")
 
 
 def _refuse_unaddable(shares: Sequence[Share]) -> None:
@@ -163,5 +171,8 @@ def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Pa
                 found = "not there" if entry is None else f"of shape {list(entry.shape)}"
                 where = f'{delta}: adapts tensor "{name}" of shape {list(wanted)}'
                 raise JobError(f"{where}, which in {checkpoint.folder} is {found}. Name the right base.")
+        behind = [token for token in change.new[0] if token >= shape[0]] if change.new else []
+        if behind and behind != list(range(shape[0], shape[0] + len(behind))):
+            raise JobError(f'{delta}: adds rows {behind[0]} ... {behind[-1]} to "{name}", which has {shape[0]} rows. Name the right base.')
         if entry is not None and not entry.dtype.is_floating_point:
             raise JobError(f'{delta}: adapts tensor "{name}", which {checkpoint.folder} stores in {entry.dtype}. Name the right base.')

@@ -58,6 +58,12 @@ def verify(folder: Path, seen: Callable[[int], None] = lambda count: None) -> di
     }
 
 
+def bytes_of(folder: Path) -> int:
+    """How many there are to verify, about."""
+    refuse_unfinished(folder)
+    return sum(file.stat().st_size for _, path in parts_of(folder) for file in _files(path))
+
+
 def parts_of(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of everything there that has digests.
 

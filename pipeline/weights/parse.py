@@ -26,3 +26,8 @@ def read_json(file: Path) -> Any:
     if (size := file.stat().st_size) > _LARGEST_BYTES:
         raise ValueError(f"{size:,} bytes; none of its kind has more than {_LARGEST_BYTES:,}")
     return parse_json(file.read_bytes())
+
+
+def plain_name(name: Any) -> bool:
+    """Of a file in the folder itself, and no hidden one."""
+    return isinstance(name, str) and "/" not in name and "\0" not in name and not name.startswith(".") and name != ""

@@ -141,7 +141,7 @@ def test_memory_stays_below_three_of_the_largest_tensor(tmp_path):
         tensors[f"base_model.model.{module.name}.lora_A.weight"] = torch.randn(8, columns)
         tensors[f"base_model.model.{module.name}.lora_B.weight"] = torch.randn(rows, 8)
     manifest = {"base": "x", "base_digest": base_digest(digests), "base_files": digests, "job_digest": "", "step": 1}
-    write_delta(tmp_path / "delta", tensors, {}, {**manifest, "parameters": 1, "modules": modules})
+    write_delta(tmp_path / "delta", tensors, {}, {**manifest, "parameters": 100_000, "modules": modules})
     script = (
         "import resource, sys; from pathlib import Path; import torch; from pipeline.deltas.merge import merge\n"
         "torch.ones(8) @ torch.ones(8)\n"
