@@ -6,12 +6,15 @@ import json
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipeline.commands import options
 from pipeline.job.errors import JobError
+
+if TYPE_CHECKING:
+    from pipeline.deltas.mixture import Mixture
 
 
 def merge(
@@ -19,6 +22,8 @@ def merge(
     delta: Annotated[list[str], typer.Argument(metavar="DELTA[:WEIGHT]...", help="A run's folder delta/ or best/; several: their sum.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged checkpoint goes; absent or empty.")],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the result; the base's when absent.")] = None,
+    check_logits: Annotated[bool, typer.Option("--check-logits", help="Compare with base + deltas unmerged: takes a whole model.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(help="What it is compared on; a few of its own when absent.")] = None,
     workers: options.Workers = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: options.AsJson = False,
@@ -33,6 +38,13 @@ def merge(
     from pipeline.screen import Screen
     from pipeline.weights.hub import local_base
 
+    check = None
+    if check_logits or prompt:
+        from pipeline.logits import PROMPTS, compare_logits
+
+        def check(mixture: Mixture, folder: Path) -> dict[str, Any]:
+            return compare_logits(mixture, folder, prompt or PROMPTS)
+
     screen = Screen(sys.stderr)
     certificate = merge_files(
         local_base(base, revision),
@@ -42,11 +54,29 @@ def merge(
         dtype=dtype,
         workers=workers,
         say=screen.print,
+        check=check,
     )
     if as_json:
         print(json.dumps(certificate))
         return
-    Screen(sys.stdout).table("done", [("merged", str(out)), *_rounding(certificate), ("certificate", str(out / CERTIFICATE))])
+    Screen(sys.stdout).table(
+        "done",
+        [
+            ("merged", str(out)),
+            *_rounding(certificate),
+            ("logits", _logits(certificate["logits"])),
+            ("certificate", str(out / CERTIFICATE)),
+        ],
+    )
+
+
+def _logits(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not compared with base + delta unmerged; --check-logits does, in the memory of a whole model"
+    if "skipped" in found:
+        return f"not compared: {found['skipped']}"
+    same = f"the same choice at {found['equal_argmax']:.1%} of {found['positions']} positions"
+    return f"differ by {found['largest_difference']:.3g} at most, {found['mean_difference']:.3g} on average; {same}"
 
 
 def _rounding(certificate: dict[str, Any]) -> list[tuple[str, str]]:

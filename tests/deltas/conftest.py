@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from pipeline.methods.added import EMBEDDINGS, HEAD
 from pipeline.weights.delta import Added, Head, Module, Replaced, head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import open_checkpoint
@@ -48,7 +49,7 @@ def make_delta(
         head = Head(labels, "LlamaForSequenceClassification")
         tensors[head_key("score.weight")] = draw(len(labels), width)
     if tokens:
-        rows = {"added/embeddings": ("model.embed_tokens.weight",), "added/head": ("lm_head.weight",)}
+        rows = {EMBEDDINGS: ("model.embed_tokens.weight",), HEAD: ("lm_head.weight",)}
         known = len(AutoTokenizer.from_pretrained(base))
         added = Added(tokens, tuple(range(known, known + len(tokens))), rows)
         tensors |= {name: draw(len(tokens), width) for name in rows}
