@@ -51,7 +51,7 @@ def merge(
         deltas: one, or each with its weight.
         progress: wraps the iteration over the result's tensors, for a progress bar.
         dtype: "fp32", "bf16" or "fp16"; None: the base's.
-        workers: files made at a time; None: as many as there are cores. Each holds 40 MB at most.
+        workers: files made at a time; None: as many as there are cores. Each holds 20 MB at most.
         say: is told what is gone on with.
 
     Returns:

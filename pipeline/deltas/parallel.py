@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 Tick = Callable[[], None]
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -42,7 +44,9 @@ def side_by_side(
             raise _Ended
         queue.put(None)
 
-    with ThreadPoolExecutor(max(1, min(workers or cores(), len(items)))) as pool:
+    threads = torch.get_num_threads()
+    # torch's own threads would only wait for one another beside these.
+    with ThreadPoolExecutor(max(1, min(workers or cores(), len(items))), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             left = len(items)
             for item in items:
@@ -59,3 +63,4 @@ def side_by_side(
         finally:
             ended.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)

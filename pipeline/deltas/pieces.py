@@ -1,7 +1,7 @@
 """The bytes of one piece of a result, a run of rows at a time: the base's own, the base's in another dtype, or the base's changed.
 
 The sum is in fp32 (in the base's dtype where that is wider) and rounded once. Whatever makes a piece makes the same bytes: block sizes do
-not depend on threads or on what was asked beside it. Holds a few blocks of `_BLOCK_ELEMENTS`, 40 MB at most with all it takes on the way.
+not depend on threads or on what was asked beside it. Holds a few blocks of `_BLOCK_ELEMENTS`: 20 MB at most, whatever the tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.job.errors import JobError
 from pipeline.weights.index import Entry
 from pipeline.weights.read import Reader, byte_view
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
