@@ -1,11 +1,11 @@
-"""Merging a delta into a base of a billion parameters: `zlora merge` and `switch` beside PEFT's merge_and_unload and save, and a plain copy.
+"""Merging a delta into a base of a billion parameters: `zlora merge` and `zlora switch` beside PEFT's merge and save, and a plain copy.
 
     python benchmarks/merge.py [--parameters 1.1e9] [--rounds 5] [--folder DIR] [--record FILE]
 
 Makes a random bf16 Llama checkpoint and two random LoRA deltas (q and v, rank 8), then runs the ways in turn, each in a fresh process,
-with the base in the page cache, and each with its files synced to disk at its end. Prints seconds, the load of the machine, the peak resident
-memory and that beyond the way's imports, and the bytes written. Ratios are medians over the rounds of one way beside another in the
-same round: what else runs on the machine meets all ways alike.
+with the base in the page cache, and each with its files synced to disk at its end. Prints seconds, the load of the machine, the peak
+resident memory and that beyond the way's imports, and the bytes written. Ratios are medians over the rounds of one way beside another
+in the same round: what else runs on the machine meets all ways alike.
 """
 
 from __future__ import annotations
