@@ -190,7 +190,7 @@ def _read(file: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]] | None
             continue
     if not rows or rows[0] != {"asked": json.loads(json.dumps(asked))}:
         return None
-    return {row.pop("file"): row for row in rows[1:]}
+    return {row.pop("file"): row for row in rows[1:] if isinstance(row, dict) and {"file", "sha256", "running", "tensors"} <= row.keys()}
 
 
 def _only_its_journal_is_left(work: Path, out: Path, asked: dict[str, Any]) -> bool:

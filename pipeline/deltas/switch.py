@@ -20,12 +20,26 @@ from pipeline.deltas.merge import write_file
 from pipeline.deltas.mixture import Mixture, mix
 from pipeline.deltas.parallel import Progress, Tick, side_by_side
 from pipeline.deltas.pieces import make_piece
-from pipeline.deltas.undo import BACK, JOURNAL, NEW, OLD, PREPARING, UNDO, close, locked, put_aside, put_in, save_bytes, tidy
+from pipeline.deltas.undo import (
+    BACK,
+    JOURNAL,
+    NEW,
+    OLD,
+    PREPARING,
+    UNDO,
+    close,
+    locked,
+    put_aside,
+    put_in,
+    read_journal,
+    save_bytes,
+    take_back,
+    tidy,
+)
 from pipeline.deltas.verify import verify_merged
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import fsync, write_json
 from pipeline.weights.digest import base_digest
-from pipeline.weights.parse import read_json
 from pipeline.weights.read import Reader
 from pipeline.weights.unfinished import SWITCHING
 
@@ -71,10 +85,19 @@ def switch(
             journal = _unfinished(merged, mixture)
             say("going on with an unfinished switch")
         else:
-            journal = _prepare(merged, old, mixture, layouts, workers)
-        put_aside(journal["gives_way"], merged, work / OLD)
-        rows = _overwrite(merged, old, mixture, layouts, journal, workers, progress)
-        write_json(work / NEW / CERTIFICATE, certificate_of(mixture, rows, journal["beside"], None))
+            try:
+                journal = _prepare(merged, old, mixture, layouts, workers)
+            except Exception:
+                tidy(merged)
+                raise
+        try:
+            put_aside(journal["gives_way"], merged, work / OLD)
+            rows = _overwrite(merged, old, mixture, layouts, journal, workers, progress)
+            write_json(work / NEW / CERTIFICATE, certificate_of(mixture, rows, journal["beside"], None))
+        except Exception:
+            # A delta that is not finite in this dtype, say: known only now.
+            take_back(merged)
+            raise
         # The config last: without it nothing loads the folder.
         put_in([*(name for name in journal["comes"] if name != CONFIG), CERTIFICATE, CONFIG], work / NEW, merged)
         certificate = read_certificate(merged)
@@ -89,9 +112,8 @@ def switch(
 
 
 def _unfinished(merged: Path, mixture: Mixture) -> dict[str, Any]:
-    work = merged / SWITCHING
-    journal: dict[str, Any] = read_json(work / JOURNAL)
-    if (work / BACK).exists():
+    journal = read_journal(merged)
+    if (merged / SWITCHING / BACK).exists():
         raise JobError(f"{merged}: is being rolled back. Finish that first: zlora switch {merged} --roll-back.")
     if journal["to"] != mixture.asked:
         raise JobError(
@@ -105,6 +127,11 @@ def _prepare(merged: Path, old: dict[str, Any], mixture: Mixture, layouts: Seque
     """Makes all that the switch needs but for the tensors in place, and only then gives it its name."""
     tidy(merged)
     verify_merged(merged, workers=workers)
+    for layout in layouts:
+        if (file := merged / layout.name).is_symlink() or file.stat().st_nlink > 1:
+            raise JobError(
+                f"{file}: is a link, and writing in its place would change what it is linked with. Make it a copy: cp --dereference."
+            )
     work = merged / PREPARING
     for name in (UNDO, OLD, NEW):
         (work / name).mkdir(parents=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import fsync, write_text
-from pipeline.weights.parse import read_json
+from pipeline.weights.parse import plain_name, read_json
 from pipeline.weights.unfinished import SWITCHING
 
 JOURNAL, UNDO, OLD, NEW, BACK = "journal.json", "undo", "old", "new", "back"
@@ -101,29 +101,52 @@ def close(folder: Path) -> None:
     tidy(folder)
 
 
-def roll_back(folder: Path) -> dict[str, Any]:
-    """Makes the folder byte for byte what it was. Needs neither base nor delta. Returns the journal.
+def roll_back(folder: Path) -> None:
+    """Makes the folder byte for byte what it was. Needs neither base nor delta.
 
     Raises:
         JobError: there is nothing to take back.
     """
     with locked(folder):
-        work = folder / SWITCHING
-        if not work.exists():
+        if not (folder / SWITCHING).exists():
             raise JobError(
                 f"{folder}: no switch is unfinished here, so there is nothing to take back. Name the folder that was being switched."
             )
-        journal = read_json(work / JOURNAL)
-        write_text(work / BACK, "")
-        fsync(work)
-        for name in journal["comes"]:
-            if name not in journal["gives_way"]:
-                (folder / name).unlink(missing_ok=True)
-        for name, segments in journal["overwritten"].items():
-            _write_back(work / UNDO / name, folder / name, segments)
-        # In the other order: config.json, without which nothing loads the folder, last.
-        put_in(journal["gives_way"][::-1], work / OLD, folder)
-        close(folder)
+        take_back(folder)
+
+
+def take_back(folder: Path) -> None:
+    """The same, of a folder that is locked and in the middle."""
+    work, journal = folder / SWITCHING, read_journal(folder)
+    write_text(work / BACK, "")
+    fsync(work)
+    for name in journal["comes"]:
+        if name not in journal["gives_way"]:
+            (folder / name).unlink(missing_ok=True)
+    for name, segments in journal["overwritten"].items():
+        _write_back(work / UNDO / name, folder / name, segments)
+    # In the other order: config.json, without which nothing loads the folder, last.
+    put_in(journal["gives_way"][::-1], work / OLD, folder)
+    close(folder)
+
+
+def read_journal(folder: Path) -> dict[str, Any]:
+    """Raises:
+    JobError: it is not as it was written, or names what is not in the folder."""
+    file = folder / SWITCHING / JOURNAL
+    try:
+        journal = read_json(file)
+        names = [*journal["gives_way"], *journal["comes"], *journal["overwritten"], *journal["rows"]]
+        sound = all(plain_name(name) and not (folder / name).is_symlink() for name in names) and all(
+            type(start) is int and type(end) is int and 0 <= start <= end <= (folder / name).stat().st_size
+            for name, segments in journal["overwritten"].items()
+            for start, end in segments
+        )
+        tables = all(isinstance(journal[key], dict) for key in ("to", "beside", "rows", "overwritten"))
+        if not sound or not tables or not isinstance(journal["deltas"], list):
+            raise ValueError("not of the form of a journal")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JobError(f"{file}: cannot be read ({error!r}). Merge the folder anew from base and delta.") from None
     return journal
 
 

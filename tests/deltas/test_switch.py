@@ -172,6 +172,48 @@ def test_killed_anywhere_it_is_finished_or_taken_back(before, after, llama_base,
     assert middle > 10
 
 
+def test_a_switch_that_fails_midway_is_taken_back_by_itself(llama_base, deltas, tmp_path):
+    merge(llama_base, deltas["qv"], tmp_path / "merged", dtype="fp16")
+    before = content(tmp_path / "merged")
+    large = make_delta(llama_base, tmp_path / "large", 7, ("down_proj",), scale=300.0)
+    with pytest.raises(JobError, match=r"not finite after the merge in torch.float16"):
+        switch(tmp_path / "merged", [(large, 1.0)], llama_base)
+    assert content(tmp_path / "merged") == before
+    assert not list((tmp_path / "merged").glob(".*"))
+
+
+def test_nothing_outside_the_folder_is_changed(llama_base, deltas, fresh, tmp_path, monkeypatch):
+    """Links into it, and a journal that names other places."""
+    merged, outside = tmp_path / "merged", tmp_path / "outside"
+    for link in (os.symlink, os.link):
+        shutil.copytree(fresh[1] / "qv", merged)
+        file = sorted(merged.glob("*.safetensors"))[1]
+        file.replace(outside)
+        link(outside, file)
+        data = outside.read_bytes()
+        with pytest.raises(JobError, match="is a link, and writing in its place would change what it is linked with"):
+            switch(merged, [(deltas["mlp"], 1.0)], llama_base)
+        assert outside.read_bytes() == data
+        shutil.rmtree(merged)
+    shutil.copytree(fresh[1] / "qv", merged)
+    for number in range(20, 60):
+        killed_at(number, monkeypatch, lambda: switch(merged, [(deltas["mlp"], 1.0)], llama_base, workers=1))
+        if (merged / ".switch").exists():
+            break
+    file = merged / ".switch" / "journal.json"
+    journal = json.loads(file.read_text())
+    lies = {"comes": ["../outside"]}, {"gives_way": [str(outside)]}, {"overwritten": {"../outside": [[0, 4]]}}, {"rows": []}
+    for lie in lies:
+        file.write_text(json.dumps(journal | lie))
+        for work in (lambda: roll_back(merged), lambda: switch(merged, [(deltas["mlp"], 1.0)], llama_base)):
+            with pytest.raises(JobError, match=r"journal.json: cannot be read"):
+                work()
+    assert outside.read_bytes() == data
+    file.write_text(json.dumps(journal))
+    roll_back(merged)
+    assert content(merged) == fresh[0]["qv"]
+
+
 def test_what_is_not_what_was_merged_is_refused_before_a_byte_is_written(llama_base, deltas, fresh, tmp_path, copied):
     merged = tmp_path / "merged"
     shutil.copytree(fresh[1] / "qv", merged)
