@@ -16,7 +16,7 @@ from pipeline.job.errors import JobError
 from pipeline.weights.index import Entry
 from pipeline.weights.read import Reader, byte_view
 
-_BLOCK_ELEMENTS = 1 << 17
+_BLOCK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.job.errors import JobError
 from pipeline.weights.index import Entry
 
 _CHUNK_ELEMENTS = 1 << 20
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 class Reader:
