@@ -103,7 +103,7 @@ def verify_merged(folder: Path, seen: Callable[[int], None] = lambda count: None
         if not file.is_file():
             raise JobError(f"{file}: is missing, though {CERTIFICATE} names it. Copy the base's, or merge anew.")
         if sha256_of(file) != digest:
-            raise JobError(f"{file}: was changed since the merge. If that was meant, merge anew when in doubt; else copy the base's again.")
+            raise JobError(f"{file}: was changed since the merge. Put back what it was, or merge anew from base and delta.")
         seen(file.stat().st_size)
     return [folder / name for name in (*result["files"], *result["beside"])]
 
