@@ -21,10 +21,11 @@ from pipeline.model.families import Family
 from pipeline.model.linear import BaseLinear
 from pipeline.model.names import find
 from pipeline.weights.atomic import refuse_filled
-from pipeline.weights.delta import Head, Module, head_key, keys_of, write_delta
+from pipeline.weights.delta import head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
 from pipeline.weights.index import open_checkpoint
+from pipeline.weights.manifest import Head, Module
 
 SCHEMA_VERSION = 1
 _SHOWN = 5

@@ -16,8 +16,9 @@ from typer.main import get_command
 from pipeline.cli import app, main
 from pipeline.cluster.launch import PROGRAM
 from pipeline.job.read import read_job
-from pipeline.weights.delta import Module, keys_of, write_delta
+from pipeline.weights.delta import keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.manifest import Module
 from tests.jobs import SHORT, write_job
 
 COMMANDS = sorted(get_command(app).commands)

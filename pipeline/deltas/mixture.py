@@ -15,9 +15,10 @@ import torch
 
 from pipeline.deltas.changes import Change, changes_of
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import MANIFEST, Added, Head, Manifest, StoredDelta, delta_folder, read_delta
+from pipeline.weights.delta import StoredDelta, read_delta
 from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.index import Checkpoint, open_checkpoint
+from pipeline.weights.manifest import MANIFEST, Added, Head, Manifest, delta_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,8 +14,9 @@ from pipeline.methods.attach import Delta
 from pipeline.methods.lora import PeftPair, from_peft, to_peft
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import run_of
-from pipeline.weights.delta import Head, Manifest, Module, Replaced, StoredDelta, delta_folder, head_key, keys_of, read_delta, write_delta
+from pipeline.weights.delta import StoredDelta, head_key, keys_of, read_delta, write_delta
 from pipeline.weights.digest import base_digest
+from pipeline.weights.manifest import Head, Manifest, Module, Replaced, delta_folder
 
 
 def store(

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.methods.added import EMBEDDINGS, HEAD
-from pipeline.weights.delta import Added, Head, Module, Replaced, head_key, keys_of, write_delta
+from pipeline.weights.delta import head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import open_checkpoint
+from pipeline.weights.manifest import Added, Head, Module, Replaced
 
 
 def make_delta(

@@ -22,8 +22,9 @@ from pipeline.methods.attach import attach
 from pipeline.methods.files import restore
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
-from pipeline.weights.delta import read_delta, read_manifest
+from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.manifest import read_manifest
 from tests.bases import VOCABULARY
 from tests.families import make_encoder_tokenizer, make_family
 from tests.training import trained
