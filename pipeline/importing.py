@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from pipeline.deltas.foreign import Foreign, read_foreign, unfused
+from pipeline.deltas.foreign import read_foreign, unfused
 from pipeline.job.errors import JobError
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
@@ -26,6 +26,7 @@ from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
 from pipeline.weights.index import open_checkpoint
 from pipeline.weights.manifest import Head, Module
+from pipeline.weights.peft import peft_config
 
 SCHEMA_VERSION = 1
 _SHOWN = 5
@@ -90,7 +91,8 @@ def import_delta(
         "modules": tuple(modules),
         "head": Head(head.labels, head.architecture, heads) if head else None,
     }
-    write_delta(out, tensors, _config(foreign, modules, head, named), manifest)
+    own = foreign.config and foreign.config | {"base_model_name_or_path": named, "inference_mode": True}
+    write_delta(out, tensors, own or peft_config(modules, named, manifest["head"]), manifest)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(source.resolve()),
@@ -156,25 +158,3 @@ def _head(
                 "Name the base that it was trained on."
             )
     return head
-
-
-def _config(foreign: Foreign, modules: list[Module], head: TaskHead | None, base: str) -> dict[str, Any]:
-    """adapter_config.json: PEFT's own, or one for what loralib has no config of."""
-    beside = {"base_model_name_or_path": base, "inference_mode": True}
-    if foreign.config:
-        return foreign.config | beside
-    ranks, alphas = ({module.name: value(module) for module in modules} for value in (lambda m: m.rank, lambda m: m.alpha))
-    first = modules[0]
-    return beside | {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        "modules_to_save": list(head.form.modules) if head else None,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first.rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.alpha},
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": any(module.transposed for module in modules),
-        "bias": "none",
-    }

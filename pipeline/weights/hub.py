@@ -87,7 +87,7 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
     if beside.commit is None:
         return beside
     # By its commit: a branch may move between the two.
-    names = _weight_names(beside.folder)
+    names = weight_names(beside.folder)
     weights = fetch(model, beside.commit, "model", names, names, bar)
     if not weights.files:
         raise JobError(_without_safetensors(model, beside.commit))
@@ -170,7 +170,7 @@ def _cached(asked: dict[str, Any], needed: tuple[str, ...]) -> Path | None:
     return folder if all((folder / file).is_file() for file in needed) else None
 
 
-def _weight_names(folder: Path) -> tuple[str, ...]:
+def weight_names(folder: Path) -> tuple[str, ...]:
     index = folder / INDEX_NAME
     if not index.is_file():
         return (SINGLE_NAME,)
