@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,3 +62,56 @@ def list_(
             screen.print(f"another base: {row.folder} is of {(row.base_digest or '')[:12]} ({row.base})")
         if row.same_as is not None:
             screen.print(f"the same tensors: {row.folder} and {row.same_as}")
+
+
+@deltas.command()
+def resize(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's folder delta/ or best/.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the new delta goes; absent or empty.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Of every pair; of each part of a fused map's.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead: the share of each part's squared norm to keep, such as 0.99.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Give a LoRA delta another rank: the nearest there is of that rank, and how near. The product B A is never made.
+
+    Example: zlora deltas resize runs/my/delta --rank 4 --out small
+    """
+    from pipeline.deltas.resize import resize as resize_files
+
+    _show(resize_files(delta, out, rank, energy), out, as_json)
+
+
+@deltas.command()
+def combine(
+    delta: Annotated[list[str], typer.Argument(metavar="DELTA[:WEIGHT]...", help="LoRA deltas of one base, each with a weight.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the new delta goes; absent or empty.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Of every pair, by SVD; the exact sum, of the ranks' sum, when absent.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Add LoRA deltas with weights as one delta: exactly, with their ranks beside each other, or of a given rank.
+
+    Example: zlora deltas combine runs/a/delta:0.7 runs/b/delta:0.3 --out both
+    """
+    from pipeline.deltas.combine import combine as combine_files
+    from pipeline.deltas.mixture import parse_share
+
+    _show(combine_files([parse_share(text) for text in delta], out, rank), out, as_json)
+
+
+def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    from pipeline.screen import Screen
+
+    screen, total = Screen(sys.stdout), report["total"]
+    rows = [
+        (name, str(row["rank"]), f"{row['norm']:.4g}", f"{row['error']:.3g}", _kept(row["norm"], row["error"]))
+        for name, row in report["modules"].items()
+    ]
+    screen.columns(str(out), ("module", "rank", "norm", "error", "kept of its square"), rows)
+    screen.print(f"in total: norm {total['norm']:.4g}, error {total['error']:.3g}; {total['kept_energy']:.4%} of the squared norm is kept")
+
+
+def _kept(norm: float, error: float) -> str:
+    return f"{1 - (error / norm) ** 2:.4%}" if norm else "-"

@@ -102,7 +102,7 @@ def mix(base: Path, given: Sequence[tuple[Path, float]], dtype: str | None = Non
         folder = delta_folder(path)
         stored = read_delta(folder)
         _refuse_unfolded(stored.manifest, folder)
-        _refuse_not_finite(stored, folder)
+        refuse_not_finite(stored, folder)
         shares.append(Share(folder, weight, stored))
     _refuse_unaddable(shares)
     checkpoint = open_checkpoint(base)
@@ -127,7 +127,9 @@ def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
     )
 
 
-def _refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
+def refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
+    """Raises:
+    JobError: a tensor that merging folds in has such a value."""
     pairs = {f"{name}.lora_{part}": tensor for name, pair in stored.pairs.items() for part, tensor in zip("AB", pair, strict=True)}
     for name, tensor in (pairs | stored.head | stored.replaced | stored.added).items():
         if not tensor.isfinite().all():
