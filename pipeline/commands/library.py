@@ -18,6 +18,7 @@ deltas = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+_SHOWN = 10
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
@@ -62,6 +63,40 @@ def list_(
             screen.print(f"another base: {row.folder} is of {(row.base_digest or '')[:12]} ({row.base})")
         if row.same_as is not None:
             screen.print(f"the same tensors: {row.folder} and {row.same_as}")
+
+
+@deltas.command()
+def extract(
+    base: Annotated[str, typer.Option("--base", metavar="BASE", help="Folder or hub id of the base.")],
+    finetuned: Annotated[str, typer.Option("--finetuned", metavar="DIR", help="Folder or hub id of what was trained from it, whole.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of every target.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the delta goes; absent or empty.")],
+    targets: Annotated[str, typer.Option(metavar="q,v", help="Roles or paths of linear maps, as in a job; all roles when absent.")] = "",
+    exact: Annotated[bool, typer.Option("--exact", help="A whole SVD of matrices with more than 2,048 rows and columns too.")] = False,
+    revision: Revision = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a LoRA delta of a checkpoint that was trained whole: the nearest of a rank, by SVD of the difference; and what it leaves out.
+
+    Example: zlora deltas extract --base gpt2-medium --finetuned my-model --rank 8 --out delta
+    """
+    from pipeline.extracting import extract as extract_files
+    from pipeline.screen import Screen
+
+    screen = Screen(sys.stderr)
+    chosen = tuple(filter(None, targets.split(",")))
+    report = extract_files(base, finetuned, revision, rank, out, chosen, exact, lambda names: screen.progress("extracting", names))
+    _show(report, out, as_json)
+    if as_json:
+        return
+    screen, left, total = Screen(sys.stdout), report["left_out"], report["total"]
+    screen.print(f"lost by the rank {total['lost_by_rank']:.4%}; outside the targets {total['left_out']:.4%}, in {len(left)} tensors")
+    for row in left[:_SHOWN]:
+        screen.print(f"  left out: {row['tensor']}, {row['share']:.4%}")
+    if len(left) > _SHOWN:
+        screen.print(f"  and {len(left) - _SHOWN} more: {out / 'made.json'}")
+    for name in report["only_in_finetuned"]:
+        screen.print(f"  left out: {name}, which the base does not have")
 
 
 @deltas.command()

@@ -15,6 +15,8 @@ import torch
 
 _PARTS = 3
 """Of a fused map at most: q, k and v."""
+_MORE, _ROUNDS = 16, 4
+"""Of the randomised SVD: directions beyond the rank, and power iterations."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,26 @@ def stacked(pairs: list[tuple[torch.Tensor, torch.Tensor, float]]) -> tuple[torc
     b = torch.cat([b * scale for _, b, scale in pairs], dim=1)
     order = [column for block in blocks_of(b) for column in block.columns]
     return a[order].contiguous(), b[:, order].contiguous()
+
+
+def best_of(difference: torch.Tensor, rank: int, exact: bool) -> Cut:
+    """The best pair of a matrix [D, K] of numbers, or a near one.
+
+    Args:
+        exact: by a whole SVD in fp64; else a randomised one in fp32 (Halko et al. 2011), with its error counted truly.
+    """
+    rank = min(rank, *difference.shape)
+    if exact:
+        u, s, v = torch.linalg.svd(difference.double(), full_matrices=False)
+        squares, v = s.square(), v.T
+        norm, error = float(squares.sum()), float(squares[rank:].sum())
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(difference, min(rank + _MORE, *difference.shape), niter=_ROUNDS)
+        norm = float(difference.double().square().sum())
+        # U is of orthonormal columns, so what is left is what is not within them.
+        error = max(0.0, norm - float(s[:rank].double().square().sum()))
+    root = s[:rank].sqrt()
+    a, b = (v[:, :rank] * root).T, u[:, :rank] * root
+    return Cut(a.float().contiguous(), b.float().contiguous(), math.sqrt(norm), math.sqrt(error))
