@@ -34,6 +34,7 @@ for command in (
 for folder_command in (deltas.merge, deltas.switch, deltas.unmerge, deltas.verify):
     app.command()(folder_command)
 app.command("import")(deltas.import_)
+app.command()(library.export)
 app.add_typer(library.deltas)
 app.command()(texts.score)
 app.command()(machine.doctor)

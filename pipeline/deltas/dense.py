@@ -1,4 +1,4 @@
-"""`zlora export --format dense`: what a delta adds to each tensor of its base, W' - W in fp32, as one safetensors file, a run of rows at a time.
+"""`zlora export --format dense`: what a delta adds to each tensor of its base, W' - W in fp32, in one file, a run of rows at a time.
 
 W' is the base with the delta in fp32, before any rounding to the base's dtype; where LoRA alone adds to W, its product is what is written.
 """

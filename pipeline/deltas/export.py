@@ -1,6 +1,6 @@
-"""`zlora export`: a delta -> what other tools read: the folder that PEFT saves, or the file of loralib's `lora_state_dict`. Nothing is rounded.
+"""`zlora export`: a delta -> what other tools read: the folder that PEFT saves, or the file of loralib's `lora_state_dict`.
 
-What a form cannot express is refused with what to do instead; `zlora import` reads both back to the same tensors.
+Nothing is rounded. What a form cannot express is refused with what to do instead; `zlora import` reads both back to the same tensors.
 loralib's file has no alpha and one scale, alpha / R of each part; of n parts of a fused map A is [n R, K], B only their rows [n P, R].
 """
 
@@ -35,11 +35,15 @@ def write_peft(stored: StoredDelta, folder: Path, out: Path) -> None:
     """
     refuse_inexpressible(stored, folder, "PEFT's LoRA")
     with new_folder(out) as partial:
-        put_peft(stored, partial)
+        put_peft(stored, partial, stored.manifest.base)
 
 
-def put_peft(stored: StoredDelta, partial: Path) -> None:
-    """The two files."""
+def put_peft(stored: StoredDelta, partial: Path, base: str) -> None:
+    """The two files.
+
+    Args:
+        base: what they are to call it.
+    """
     tensors = {key: tensor for name, pair in stored.pairs.items() for key, tensor in zip(keys_of(name), pair, strict=True)}
     tensors |= {head_key(name): tensor for name, tensor in stored.head.items()}
     for name, tensor in stored.replaced.items():
@@ -48,7 +52,7 @@ def put_peft(stored: StoredDelta, partial: Path) -> None:
     save_tensors(partial / TENSORS, {name: tensor.contiguous() for name, tensor in tensors.items()})
     manifest = stored.manifest
     dropout = next((float(method.get("dropout", 0.0)) for method in manifest.methods if method.get("kind") == "lora"), 0.0)
-    write_json(partial / CONFIG, peft_config(manifest.modules, manifest.base, manifest.head, dropout, bool(stored.replaced)))
+    write_json(partial / CONFIG, peft_config(manifest.modules, base, manifest.head, dropout, bool(stored.replaced)))
 
 
 def write_loralib(stored: StoredDelta, folder: Path, out: Path) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def write_loralib(stored: StoredDelta, folder: Path, out: Path) -> dict[str, Any
     parts: dict[str, tuple[str, ...]] = {}
     for module in stored.manifest.modules:
         a, b = stored.pairs[module.name]
-        b, of = _taken_apart(module, b, folder)
+        a, b, of = _taken_apart(module, a, b, folder)
         if of:
             parts[module.name] = of
         alphas[module.name] = module.alpha / module.rank * b.shape[1]
@@ -91,20 +95,21 @@ def write_loralib(stored: StoredDelta, folder: Path, out: Path) -> dict[str, Any
     return settings
 
 
-def _taken_apart(module: Module, b: torch.Tensor, folder: Path) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """B of the parts that are trained, and their names; B as it is where the map is whole."""
+def _taken_apart(module: Module, a: torch.Tensor, b: torch.Tensor, folder: Path) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """A and B of the parts that are trained, and their names; the pair as it is where the map is whole."""
     third, blocks = b.shape[0] // len(_PARTS), blocks_of(b)
     places = [int(block.rows[0]) // third for block in blocks]
     within = all(int(block.rows[-1]) // third == place for block, place in zip(blocks, places, strict=True))
     if not module.name.endswith(_FUSED) or not module.transposed or not within:
-        return b, ()
+        return a, b, ()
     if places != sorted(places) or len({len(block.columns) for block in blocks}) > 1:
         raise JobError(
             f"{folder}: {module.name} has parts of ranks {', '.join(str(len(block.columns)) for block in blocks)}, and loralib has one. "
             "Use --format peft, or zlora deltas resize DELTA --rank R first."
         )
     rows = [b[place * third : (place + 1) * third][:, list(block.columns)] for place, block in zip(places, blocks, strict=True)]
-    return torch.cat(rows), tuple(_PARTS[place] for place in places)
+    order = [column for block in blocks for column in block.columns]
+    return a[order], torch.cat(rows), tuple(_PARTS[place] for place in places)
 
 
 def refuse_inexpressible(stored: StoredDelta, folder: Path, form: str) -> None:

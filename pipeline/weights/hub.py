@@ -77,6 +77,15 @@ def local_config(model: str, revision: str | None) -> Path:
     return known or fetch(model, revision, "model", ("config.json",), ("config.json",)).folder
 
 
+def model_type_of(base: str, revision: str | None) -> str | None:
+    """From its config.json; None where that is not to be had."""
+    try:
+        found = json.loads((local_config(base, revision) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (JobError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
     """The same, and what was fetched.
 
