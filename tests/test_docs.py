@@ -83,7 +83,7 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     commands = get_command(app).commands
     assert set(commands) == {
         *("doctor", "submit", "batch", "check", "fetch", "data", "plan", "methods", "profile", "train", "evaluate", "generate", "score"),
-        *("merge", "switch", "unmerge", "verify", "import", "deltas"),
+        *("merge", "switch", "unmerge", "verify", "import", "export", "deltas"),
     }
     below = {f"deltas {name}": command for name, command in commands["deltas"].commands.items()}
     for name, command in (commands | below).items():
