@@ -10,6 +10,7 @@ from pipeline.deltas.dense import DENSE, write_dense
 from pipeline.deltas.export import put_peft, refuse_inexpressible, write_loralib, write_peft
 from pipeline.deltas.mixture import mix
 from pipeline.deltas.origin import origin_of
+from pipeline.deltas.product import made_of
 from pipeline.job.errors import JobError
 from pipeline.job.task import titled
 from pipeline.plan.vllm import Served, Verdict, judge
@@ -57,7 +58,7 @@ def export(given: Path, form: Form, out: Path, base: str | None, revision: str |
             copies = {titled(task): copy.name for task in tasks for copy in hub_copies(task)}
             with new_folder(out) as partial:
                 put_peft(stored, partial, hub_id(stored.manifest.base) or Path(stored.manifest.base).name)
-                write_text(partial / CARD, card(out.name, stored.manifest, origin, copies))
+                write_text(partial / CARD, card(out.name, stored.manifest, origin, copies, made_of(folder)))
     return found | {"files": sorted(file.name for file in out.iterdir())}
 
 

@@ -35,8 +35,7 @@ def check(
     verdict = judge(of_job(asked, model_type_of(asked.base.model, asked.base.revision)))
     if verdict.reasons:
         raise JobError(f"{job}: vLLM would not load its delta. {verdict.refusal}")
-    for line in (verdict.text, *(f"note: {note}" for note in verdict.notes)):
-        print(line)
+    print("\n".join(verdict.lines))
 
 
 def plan(

@@ -6,15 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.commands import options
-from pipeline.job.errors import JobError
-
-if TYPE_CHECKING:
-    from pipeline.plan.vllm import Verdict
 
 deltas = typer.Typer(
     name="deltas",
@@ -135,63 +131,6 @@ def combine(
     from pipeline.deltas.mixture import parse_share
 
     _show(combine_files([parse_share(text) for text in delta], out, rank), out, as_json)
-
-
-def export(
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's folder delta/ or best/.")],
-    form: Annotated[
-        Literal["peft", "loralib", "dense", "hub"] | None,
-        typer.Option("--format", help="PEFT's folder, loralib's file, W' - W of every tensor, or a folder for the hub with its card."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where it goes; absent or empty.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="Folder or hub id of its base: for dense, and --check.")
-    ] = None,
-    check: Annotated[Literal["vllm"] | None, typer.Option(help="First say whether vLLM loads it; alone, nothing is written.")] = None,
-    revision: Revision = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Write a delta for other tools: PEFT, loralib, a dense difference, or a Hugging Face folder with a model card made from its run.
-
-    Example: zlora export runs/my/best --format hub --out my-adapter
-    """
-    from pipeline.exporting import check_vllm
-    from pipeline.exporting import export as export_files
-    from pipeline.screen import Screen
-
-    if not check and (form is None or out is None):
-        raise JobError("zlora export: needs --format and --out, or --check vllm. For PEFT: zlora export DELTA --format peft --out DIR.")
-    if (form is None) != (out is None):
-        raise JobError("zlora export: --format and --out go together. Give both, or --check vllm alone.")
-    told: dict[str, Any] = {"schema_version": 1}
-    if check:
-        verdict = check_vllm(delta, base, revision)
-        if verdict.reasons:
-            raise JobError(f"{delta}: vLLM does not load it. {verdict.refusal}")
-        told["vllm"] = {"max_lora_rank": verdict.max_lora_rank, "notes": list(verdict.notes)}
-        if not as_json:
-            show_verdict(verdict)
-    if form and out:
-        told |= export_files(delta, form, out, base, revision)
-    if as_json:
-        print(json.dumps(told))
-    elif form:
-        Screen(sys.stdout).table("exported", [("to", str(out)), ("files", ", ".join(told["files"])), *_read_back(told)])
-
-
-def show_verdict(verdict: Verdict) -> None:
-    """What vLLM takes."""
-    print(verdict.text)
-    for note in verdict.notes:
-        print(f"note: {note}")
-
-
-def _read_back(told: dict[str, Any]) -> list[tuple[str, str]]:
-    if "settings" not in told:
-        return []
-    parts, labels = told["settings"]["parts"], told["settings"]["labels"]
-    more = (f" --parts {','.join(parts)}" if parts else "") + (f" --labels {','.join(labels)}" if labels else "")
-    return [("read with", f"lora_alpha {told['settings']['lora_alpha']:g}{more}")]
 
 
 def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:

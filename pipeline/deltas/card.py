@@ -25,24 +25,25 @@ def hub_id(base: str) -> str | None:
     return base if _HUB_ID.fullmatch(base) else None
 
 
-def card(name: str, manifest: Manifest, origin: Origin, data_sets: dict[str, str]) -> str:
+def card(name: str, manifest: Manifest, origin: Origin, data_sets: dict[str, str], made: dict[str, Any]) -> str:
     """The whole file.
 
     Args:
         name: of the model.
         data_sets: title of a task -> its data set on the hub, where that was trained on.
+        made: how it was made from others, as `made.json` says it; empty: it was not.
     """
     base = hub_id(manifest.base) or PurePath(manifest.base).name
     parts = [
         _front(name, manifest, origin, data_sets),
-        f"# {name}\n\n{method_text(manifest)} on {base}: {manifest.parameters:,} trained parameters, after {manifest.step:,} steps. "
-        "Trained by zlora; PEFT loads this folder.",
+        f"# {name}\n\n{method_text(manifest)} on {base}: {manifest.parameters:,} parameters{_how(manifest, made)}. PEFT loads this folder.",
         _use(manifest, base),
         _table("Base", _base(manifest, base)),
+        _table("Made from", _made(made)),
     ]
     if origin.job is None:
         parts.append("## Run\n\nThe run that made it is not known: its data, settings, scores and versions are not in this card.")
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(filter(None, parts)) + "\n"
     parts += [
         _table("Data", _data(origin, data_sets)),
         _table("Scores", _scores(origin)) if origin.scores else "## Scores\n\nThe run scored nothing after this step.",
@@ -112,13 +113,29 @@ def _use(manifest: Manifest, base: str) -> str:
     text = (
         "## Use\n\n```python\nfrom peft import PeftModel\n"
         f"from transformers import {kind}\n\n"
-        f'base = {kind}.from_pretrained("{base}"{more})\nmodel = PeftModel.from_pretrained(base, "this repository or folder")\n```'
+        f'base = {kind}.from_pretrained({_quoted(base)}{more})\nmodel = PeftModel.from_pretrained(base, "this repository or folder")\n```'
     )
     if manifest.head and manifest.head.labels:
         text += f"\n\nClasses, in the order of the outputs: {', '.join(manifest.head.labels)}."
     if manifest.separator is not None:
         text += f"\n\nBetween prompt and completion stands {json.dumps(manifest.separator, ensure_ascii=False)}."
     return text + ("\n\nTrained on conversations in the base's chat template." if manifest.chat else "")
+
+
+def _how(manifest: Manifest, made: dict[str, Any]) -> str:
+    if made:
+        return ", made by zlora from what is named below"
+    return f", trained by zlora in {manifest.step:,} steps" if manifest.job_digest else ", brought into zlora from another tool"
+
+
+def _made(made: dict[str, Any]) -> list[tuple[str, str]]:
+    """Without paths."""
+    sources = [
+        (f"source {place}", ", ".join(f"{key} {value}" for key, value in source.items() if key in ("sha256", "digest", "weight")))
+        for place, source in enumerate(made.get("from", ()), 1)
+    ]
+    total = [(f"{key}, Frobenius norms", f"{value:.6g}") for key, value in made.get("total", {}).items()]
+    return [("by", f"zlora deltas {made['made_by']} {json.dumps(made['asked'])}"), *sources, *total] if made else []
 
 
 def _base(manifest: Manifest, base: str) -> list[tuple[str, str]]:

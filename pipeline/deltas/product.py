@@ -11,6 +11,7 @@ import torch
 from pipeline.deltas.lowrank import blocks_of
 from pipeline.weights.delta import StoredDelta, head_key, keys_of, write_delta
 from pipeline.weights.manifest import Manifest, Module
+from pipeline.weights.parse import read_json
 from pipeline.weights.peft import peft_config
 
 REPORT = "made.json"
@@ -45,6 +46,16 @@ def write_product(out: Path, stored: StoredDelta, pairs: Pairs, report: dict[str
     )
     config = None if manifest.replaced or manifest.added or manifest.other else peft_config(modules, manifest.base, manifest.head)
     write_delta(out, tensors, config, _without_digest(manifest), {REPORT: report})
+
+
+def made_of(folder: Path) -> dict[str, Any]:
+    """The report of a delta that was made from others; empty where it was not, or where the report cannot be read."""
+    try:
+        report = read_json(folder / REPORT)
+        sound = all(isinstance(value, int | float) for value in report["total"].values()) and all(dict(one) for one in report["from"])
+        return report if sound and {"made_by", "asked"} <= set(report) else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _without_digest(manifest: Manifest) -> dict[str, Any]:

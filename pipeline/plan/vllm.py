@@ -49,8 +49,10 @@ class Verdict:
         return " ".join(f"{place}) {reason}" for place, reason in enumerate(self.reasons, 1))
 
     @property
-    def text(self) -> str:
-        return f"vLLM loads it: vllm serve BASE --enable-lora --max-lora-rank {self.max_lora_rank} --lora-modules NAME=FOLDER"
+    def lines(self) -> list[str]:
+        """What a person reads where there is no reason."""
+        command = f"vllm serve BASE --enable-lora --max-lora-rank {self.max_lora_rank} --lora-modules NAME=FOLDER"
+        return [f"vLLM loads it: {command}", *(f"note: {note}" for note in self.notes)]
 
 
 def of_job(job: Job, model_type: str | None) -> Served:

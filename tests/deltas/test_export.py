@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaForSequenceClassification
 
 from pipeline.deltas.merge import merge
+from pipeline.deltas.resize import resize
 from pipeline.exporting import check_vllm, export
 from pipeline.importing import import_delta
 from pipeline.job.errors import JobError
@@ -233,6 +234,20 @@ def test_a_delta_without_its_run_has_a_card_that_says_so(deltas, tmp_path):
     assert card.data.eval_results is None
     assert "The run that made it is not known" in text
     assert "no, yes, perhaps" in text
+
+
+def test_a_delta_made_from_others_says_from_which(made, tmp_path):
+    delta, _ = made("gpt2 q v")
+    resize(delta, tmp_path / "small", 2, None)
+    export(tmp_path / "small", "hub", tmp_path / "out", None, None)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "made by zlora from what is named below" in text
+    assert f"sha256 {read_manifest(delta).sha256}" in text
+    assert '{"rank": 2, "energy": null}' in text
+    assert str(delta.parent) not in text
+    (tmp_path / "small" / "made.json").write_text('{"total": [1], "from": 3}')
+    export(tmp_path / "small", "hub", tmp_path / "again", None, None)
+    assert "brought into zlora from another tool" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_what_a_form_has_no_place_for_is_refused(made, deltas, llama_base, tmp_path):

@@ -91,6 +91,25 @@ def test_parts_of_a_fused_map_stay_apart(fused, tmp_path):
             torch.testing.assert_close(after[name][part], u[:, :2] * s[:2] @ v[:2], atol=1e-5, rtol=1e-4)
 
 
+def test_parts_that_lie_head_by_head_stay_apart_too(families, ranks1, tmp_path):
+    """GPT-NeoX: the rows of each head's q, k and v follow one another."""
+    base = families("gpt_neox")
+    heads = json.loads((base / "config.json").read_text())["num_attention_heads"]
+    settings = ("methods.0.rank=4", "train.learning_rate=0.3")
+    trained(ranks1, write_job(tmp_path, base), tmp_path / "run", *settings)
+    resize(tmp_path / "run" / "delta", tmp_path / "small", 2, None)
+    before, after = products(tmp_path / "run" / "delta"), products(tmp_path / "small")
+    assert before
+    for name, whole in before.items():
+        assert read_delta(tmp_path / "small").pairs[name][0].shape[0] == 4
+        rows = torch.arange(whole.shape[0]).view(heads, 3, -1)
+        assert not after[name][rows[:, 1].flatten()].any(), "k"
+        for part in (0, 2):
+            own = whole[rows[:, part].flatten()]
+            u, s, v = torch.linalg.svd(own, full_matrices=False)
+            torch.testing.assert_close(after[name][rows[:, part].flatten()], u[:, :2] * s[:2] @ v[:2], atol=1e-5, rtol=1e-4)
+
+
 def test_a_rank_that_is_there_already_changes_no_bit(fused, tmp_path):
     report = resize(fused[0], tmp_path / "same", 5, None)
     assert report["total"]["error"] == 0

@@ -17,7 +17,7 @@ LORA = '[[methods]]\nkind = "lora"\n'
 def test_any_rank_up_to_the_largest_is_padded_to_the_next(rank, needs):
     verdict = judge(Served("qwen2", (), (rank,), (2.0,), False, False))
     assert (verdict.reasons, verdict.max_lora_rank) == ((), needs)
-    assert f"--max-lora-rank {needs} " in verdict.text
+    assert f"--max-lora-rank {needs} " in verdict.lines[0]
 
 
 def test_ranks_above_it_are_refused():
