@@ -32,8 +32,8 @@ from pipeline.weights.manifest import Manifest, Module
 from pipeline.weights.read import Reader
 
 SCHEMA_VERSION = 1
-_EXACT_SIDE = 2048
-"""A matrix whose shorter side is longer takes minutes and more for a whole SVD."""
+_EXACT_SIDE = 4096
+"""A matrix whose shorter side is longer takes minutes for all its singular vectors."""
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -53,7 +53,7 @@ def extract(
         base: folder or hub id; `finetuned` likewise.
         rank: of every target.
         targets: roles or module paths, as in a job; all roles when absent.
-        exact: a whole SVD of large matrices too.
+        exact: large matrices by all singular vectors too.
 
     Returns:
         The report: by target, of what is left out, and in total.

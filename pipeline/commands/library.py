@@ -72,7 +72,7 @@ def extract(
     rank: Annotated[int, typer.Option(min=1, help="Of every target.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the delta goes; absent or empty.")],
     targets: Annotated[str, typer.Option(metavar="q,v", help="Roles or paths of linear maps, as in a job; all roles when absent.")] = "",
-    exact: Annotated[bool, typer.Option("--exact", help="A whole SVD of matrices with more than 2,048 rows and columns too.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Large matrices by all singular vectors too, not randomised.")] = False,
     revision: Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
