@@ -8,7 +8,7 @@ _BOUND = 0.2
 """Share of a step from which on a part is worth a sentence."""
 _APART = 0.15
 """How far from the plan is worth one."""
-_FULL = 0.9
+_FULL = 0.8
 _PADDED = 0.1
 
 
