@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.job.cluster import Cluster
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.section import Section
 from pipeline.job.spec import Base, Evaluate, Memory, Train
@@ -36,6 +37,7 @@ SECTIONS: list[tuple[str, type[Section]]] = [
     ("[train]", Train),
     ("[evaluate]", Evaluate),
     ("[memory]", Memory),
+    ("[cluster]", Cluster),
 ]
 HEAD = """# Jobs
 
@@ -79,6 +81,8 @@ def kind(schema: dict[str, Any]) -> str:
         return ", ".join(f'`"{choice}"`' for choice in schema["enum"])
     if "discriminator" in schema:
         return "[task]"
+    if schema["type"] == "object":
+        return f"table of {kind(schema['additionalProperties'])}s"
     if schema["type"] == "array":
         item = schema["items"] if "items" in schema else schema["prefixItems"][0]
         return f"list of {kind(item)}s"

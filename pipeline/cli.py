@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, machine, runs, texts
+from pipeline.commands import before, deltas, machine, queue, runs, texts
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ app.command()(deltas.merge)
 app.command("import")(deltas.import_)
 app.command()(texts.score)
 app.command()(machine.doctor)
+app.command()(queue.submit)
+app.command()(queue.batch)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.cluster.launch import DIVERGED, JOB_ERROR, die_with_parent, report_failure, report_start
+from pipeline.cluster.failures import DIVERGED, JOB_ERROR, report_failure
+from pipeline.cluster.launch import die_with_parent, report_start
 from pipeline.cluster.stop import STOPPED, StopRequest
 from pipeline.cluster.watchdog import RANK_FAILED, Watchdog
 from pipeline.job.errors import Diverged, JobError, Stopped, of_system

@@ -83,6 +83,8 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     commands = get_command(app).commands
     assert set(commands) == {
         "doctor",
+        "submit",
+        "batch",
         "check",
         "fetch",
         "data",

@@ -6,7 +6,6 @@ A rank is this same program with RANK set; under torchrun or srun the ranks are 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -15,19 +14,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 
+from pipeline.cluster.failures import DIVERGED, REPORTS, Failure, cause, reported
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
 
 PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
 """This program, whatever folder it starts in: `python -m` would look for `pipeline` in the current folder first."""
-JOB_ERROR, DIVERGED = 2, 4
+CPU_RANK = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
+"""Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once. It looks at this when a
+process starts, so ranks that a batch script starts need it from there."""
 _FOLDER = "ZLORA_LAUNCH"
 _MEETING = "ZLORA_RENDEZVOUS"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"
@@ -43,18 +43,6 @@ Conversation = Callable[["subprocess.Popen[bytes]", Callable[[], bool]], None]
 """Is handed the first rank, and a function that says whether all ranks are alive."""
 _TOGETHER_S = 0.5
 """Ranks that die this close together: one of them pulled the others down."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a rank ended: its own words, or the signal that ended it."""
-
-    rank: int
-    exit_code: int
-    message: str
-    time: float
-    echo: bool = False
-    """It only says that another rank is gone."""
 
 
 def inside_ranks() -> bool:
@@ -81,7 +69,7 @@ def inside_ranks() -> bool:
         MASTER_ADDR=os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
         MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
     )
-    for name, value in _thread_defaults(int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))).items():
+    for name, value in _defaults(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")), visible_gpus()).items():
         os.environ.setdefault(name, value)
     return True
 
@@ -212,21 +200,6 @@ def report_start() -> None:
         time.sleep(2 * _POLL_S)
 
 
-def report_failure(message: str, exit_code: int, terminal: TextIO, echo: bool = False) -> None:
-    """Tells the launcher, or the terminal where there is none, why this rank ends.
-
-    Args:
-        echo: another rank's end is the reason, so that rank's own words are the better ones.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if folder := os.environ.get(_FOLDER):
-        partial = Path(folder) / f".failure.{rank}"
-        partial.write_text(json.dumps(asdict(Failure(rank, exit_code, message, time.time(), echo))), encoding="utf-8")
-        partial.rename(Path(folder) / f"failure.{rank}")
-    else:
-        print(message, file=terminal, flush=True)
-
-
 def rank_environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str, str]:
     """What a rank of this machine is started with; what the user has set stays."""
     environment = {
@@ -238,17 +211,15 @@ def rank_environment(rank: int, count: int, folder: Path, gpus: int) -> dict[str
         _MEETING: f"file://{folder}/rendezvous",
         "ZLORA_GPUS": str(gpus),
         _FOLDER: str(folder),
+        REPORTS: str(folder),
         _LAUNCHER: str(os.getpid()),
     }
-    defaults = _thread_defaults(len(os.sched_getaffinity(0)) // count)
-    if not gpus:
-        # Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once.
-        defaults |= {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
-    return {**defaults, **environment}
+    return {**_defaults(len(os.sched_getaffinity(0)) // count, gpus), **environment}
 
 
-def _thread_defaults(cores: int) -> dict[str, str]:
+def _defaults(cores: int, gpus: int) -> dict[str, str]:
     return {
+        **({} if gpus else CPU_RANK),
         "OMP_NUM_THREADS": str(max(1, cores)),
         # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -281,12 +252,11 @@ def _watch(children: list[subprocess.Popen[bytes]], folder: Path, training: bool
 
 
 def _first_failure(codes: list[int | None], folder: Path) -> Failure:
-    """The cause, not its echoes: a mistake of the user's, then a signal, then the earliest crash."""
-    failures = []
+    """What the ranks' exit codes and their own words come to."""
+    failures, told = [], reported(folder)
     for rank, code in enumerate(codes):
-        told = folder / f"failure.{rank}"
-        if told.exists():
-            failures.append(Failure(**json.loads(told.read_text(encoding="utf-8"))))
+        if rank in told:
+            failures.append(told[rank])
         elif code == STOPPED:
             failures.append(Failure(rank, code, f"Rank {rank} was asked to stop. Run again to continue.", time.time()))
         elif code and code < 0:
@@ -295,13 +265,7 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
             failures.append(Failure(rank, RANK_FAILED, f"rank {rank} was ended by {name}.{hint}", 0.0))
         elif code:
             failures.append(Failure(rank, code, f"rank {rank} ended with exit code {code} and said nothing.", time.time()))
-    order = (JOB_ERROR, DIVERGED, RANK_FAILED)
-
-    def rank_of(failure: Failure) -> tuple[bool, bool, int, float]:
-        place = order.index(failure.exit_code) if failure.exit_code in order else len(order)
-        return failure.echo, failure.exit_code == STOPPED, place, failure.time
-
-    return min(failures, key=rank_of)
+    return cause(failures)
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

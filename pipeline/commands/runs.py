@@ -31,7 +31,8 @@ def train(
 
     Example: zlora train jobs/e2e/local.toml --ranks 2 --set train.steps=200
     """
-    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
+    from pipeline.cluster.failures import JOB_ERROR
+    from pipeline.cluster.launch import inside_ranks, launch
     from pipeline.job.read import read_job
     from pipeline.run_folder import refuse_foreign, remove_if_empty_handed
 
@@ -107,7 +108,8 @@ def profile(
 
     Example: zlora profile jobs/e2e/local.toml --ranks 2
     """
-    from pipeline.cluster.launch import JOB_ERROR, inside_ranks, launch
+    from pipeline.cluster.failures import JOB_ERROR
+    from pipeline.cluster.launch import inside_ranks, launch
     from pipeline.job.read import read_job
     from pipeline.run_folder import remove_if_empty_handed
 

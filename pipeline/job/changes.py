@@ -19,7 +19,7 @@ class Verdict(Enum):
 
 _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
-    r"|evaluate\..*|memory\..*"
+    r"|evaluate\..*|memory\..*|cluster\..*"
     # Where base and data lie is free: what they hold is compared by digest.
     # Nor does a choice among the valid or test split touch what is trained.
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"

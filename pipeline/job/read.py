@@ -17,12 +17,15 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from pipeline.job.cluster import Cluster
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO, memory_config
 from pipeline.job.method import Method, trains_matrices
+from pipeline.job.section import Section
+from pipeline.job.settings import CLUSTER, read_settings, settings_file
 from pipeline.job.spec import Base, Evaluate, Job, Memory, Train
 from pipeline.job.task import Mix, SingleTask, Task
-from pipeline.job.toml import EITHER, read_toml
+from pipeline.job.toml import EITHER, laid_over, read_toml
 from pipeline.job.zero import deepspeed_config, group_of
 
 if sys.version_info >= (3, 11):
@@ -35,7 +38,12 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "train": Train,
     "evaluate": Evaluate,
     "memory": Memory,
+    "cluster": Cluster,
 }
+
+
+class _Settings(Section):
+    cluster: Cluster
 
 
 def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
@@ -91,9 +99,25 @@ def read_resolved(file: Path) -> Job | None:
         return None
 
 
+def with_settings(job: Job) -> Job:
+    """The job with the user's `[cluster]` settings underneath its own.
+
+    Raises:
+        JobError: naming the settings' file, or the keys of both that do not go together.
+    """
+    settings, file = {"cluster": read_settings().get(CLUSTER, {})}, settings_file()
+    try:
+        _Settings.model_validate(settings)
+        own = job.cluster.model_dump(mode="json", exclude_unset=True)
+        both = {"cluster": laid_over(settings["cluster"], own)}
+        return job.model_copy(update={"cluster": _Settings.model_validate(both).cluster})
+    except ValidationError as error:
+        raise JobError(f"{file}: {_explain(error, settings)}") from None
+
+
 def job_digest(job: Job) -> str:
-    """sha256 of the resolved job in canonical JSON."""
-    canonical = json.dumps(job.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """sha256 of the resolved job in canonical JSON, but for where it runs."""
+    canonical = json.dumps(job.model_dump(mode="json", exclude={"cluster"}), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -114,13 +138,12 @@ def _without_none(value: Any) -> Any:
 
 def _yield_to(overrides: tuple[str, ...], asked: dict[str, Any]) -> None:
     """Removes the file's own choice between two keys where `--set` makes the other choice."""
-    train = asked.get("train")
     for text in overrides:
         section, _, key = text.partition("=")[0].strip().partition(".")
         for pair in EITHER:
-            if section == "train" and key in pair and isinstance(train, dict):
+            if section in ("train", "cluster") and key in pair and isinstance(keys := asked.get(section), dict):
                 for other in pair - {key}:
-                    train.pop(other, None)
+                    keys.pop(other, None)
 
 
 def _override(asked: dict[str, Any], text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.job.cluster import Cluster
 from pipeline.job.labels import labels_of
 from pipeline.job.method import Method, refuse_together
 from pipeline.job.metrics import Script, unknown_metric, unknown_script
@@ -161,6 +162,7 @@ class Job(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     memory: Memory = Memory()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _go_together(self) -> Job:

@@ -20,8 +20,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"})
-"""Keys of [train] of which a job has one: one of them takes the place of the other in what lies underneath."""
+EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"}, {"gpus_per_node", "ranks_per_node"})
+"""Keys of [train] and [cluster] of which a job has one: one of them takes the place of the other in what lies underneath."""
 Keys = dict[str, Any]
 
 

@@ -61,6 +61,16 @@ def test_srun_says_how_many_ranks_this_node_has(environment, tasks, node, local)
     assert os.environ["LOCAL_WORLD_SIZE"] == local
 
 
+@pytest.mark.parametrize(("gpus", "accelerator"), [("", "cpu"), ("0,1", None)])
+def test_ranks_of_srun_have_the_settings_that_the_launcher_gives_its_own(environment, gpus, accelerator):
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        os.environ.pop(name, None)
+    os.environ.update(STEP, CUDA_VISIBLE_DEVICES=gpus, SLURM_CPUS_PER_TASK="3")
+    assert inside_ranks()
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+
+
 def test_two_jobs_on_one_node_meet_on_two_ports(environment):
     ports = set()
     for job in ("12345", "12346"):

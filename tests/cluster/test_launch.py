@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import launch as launcher
+from pipeline.cluster.failures import report_failure
 from pipeline.job.errors import JobError
 
 # Called as `RANK_PROGRAM -m pipeline CODE`: runs CODE where a rank would train.
 RANK = """#!{python}
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.cluster.launch import die_with_parent, report_failure
+from pipeline.cluster.failures import report_failure
+from pipeline.cluster.launch import die_with_parent
 rank, out = int(os.environ["RANK"]), Path(os.environ["OUT"])
 def together(count, pause=0.0):
     "Goes on when so many ranks have come this far, `pause` seconds after them."
@@ -205,8 +207,8 @@ def test_a_rank_that_ends_without_a_word_is_named(run, capfd):
 
 
 def test_a_rank_without_a_launcher_tells_the_terminal(capsys, monkeypatch):
-    monkeypatch.delenv("ZLORA_LAUNCH", raising=False)
-    launcher.report_failure("error: wrong", 2, sys.stderr)
+    monkeypatch.delenv("ZLORA_REPORTS", raising=False)
+    report_failure("error: wrong", 2, sys.stderr)
     assert capsys.readouterr().err == "error: wrong\n"
 
 

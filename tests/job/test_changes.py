@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from pipeline.job.changes import Verdict, _flat, _verdict, changes, measured_otherwise, refuse_changes
+from pipeline.job.cluster import Cluster
 from pipeline.job.errors import JobError
 from pipeline.job.method import Method
 from pipeline.job.spec import Job
@@ -22,6 +23,7 @@ FREE = {
     "evaluate.no_repeat_ngram", "evaluate.ngram_scope", "evaluate.eos_tokens", "evaluate.temperature", "evaluate.top_k", "evaluate.top_p",
     "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience",
     "memory.config", "memory.nvme_path", "memory.gradient_checkpointing",
+    *(f"cluster.{key}" for key in Cluster.model_fields if key != "environment"), "cluster.environment.NAME",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
@@ -47,6 +49,7 @@ NEVER = {
 
 def job(**changed):
     sections = {"base": {"model": "gpt2"}, "methods": [{"kind": "lora"}], "task": {"kind": "jsonl", "data": "d"}, "train": {}}
+    sections["cluster"] = {"environment": {"NAME": "value"}}
     for path, value in changed.items():
         section, _, key = path.partition("__")
         if not key:

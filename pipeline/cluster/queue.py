@@ -1,0 +1,89 @@
+"""Slurm's commands, called without a shell. What they print becomes values, what they refuse a `JobError`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.job.errors import JobError
+
+_PATIENCE_S = 120.0
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DEFAULTS = {"SBATCH_ACCOUNT": "--account", "SBATCH_PARTITION": "--partition", "SBATCH_TIMELIMIT": "--time"}
+ENDED = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job that Slurm knows."""
+
+    job: str
+    state: str
+    """PENDING, RUNNING, COMPLETING, ..., or one of `ENDED`."""
+    reason: str
+    """Why it waits, or how it ended, while `state` may still be COMPLETING: TimeLimit, NodeDown, ...; "None": it does not say."""
+
+    @property
+    def over(self) -> bool:
+        return self.state in ENDED
+
+
+def sbatch(script: Path, text: str, options: tuple[str, ...] = ()) -> str:
+    """Submits a script from its own folder, where its log goes. Returns the job's id.
+
+    Raises:
+        JobError: there is no sbatch, or it refuses; in its words.
+    """
+    words = ["sbatch", "--parsable", *options, f"./{script.name}"]
+    return _answer(words, cwd=script.parent, env=_environment(text)).strip().partition(";")[0]
+
+
+def queued(job: str) -> Queued | None:
+    """A job of the queue, also one that has ended lately; None: Slurm does not know it (any more)."""
+    done = _run(["scontrol", "--oneliner", "show", "job", job])
+    state, reason = (re.search(rf"\b{name}=(\S+)", done.stdout) for name in ("JobState", "Reason"))
+    return Queued(job, state[1], reason[1] if reason else "None") if state and not done.returncode else None
+
+
+def requeue(job: str) -> str | None:
+    """Puts a running job back into the queue. None, or why Slurm does not."""
+    try:
+        _answer(["scontrol", "requeue", job])
+    except JobError as error:
+        return str(error)
+    return None
+
+
+def _environment(script: str) -> dict[str, str]:
+    """The shell's, without what would speak against the script: a rank's variables, another job's, and sbatch's own that rule over the
+    script's lines. The defaults that people keep there stay where the script says nothing."""
+    kept = {name for name, option in _DEFAULTS.items() if f"\n#SBATCH {option}=" not in script}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or name == "SLURM_CONF" or not (name in _RANKS or name.startswith(("SLURM_", "SBATCH_")))
+    }
+
+
+def _answer(words: list[str], **options: object) -> str:
+    done = _run(words, **options)
+    if done.returncode:
+        said = " ".join(line.split("error: ", 1)[-1].strip() for line in done.stderr.strip().splitlines())
+        raise JobError(f"{words[0]}: {said or f'exit code {done.returncode}'}. Correct what it names, or ask your site.")
+    return done.stdout
+
+
+def _run(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # type: ignore[call-overload]
+            words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=_PATIENCE_S, check=False, **options
+        )
+    except FileNotFoundError:
+        raise JobError(f"{words[0]}: there is no such program here. Run this where Slurm is, on a login node.") from None
+    except subprocess.TimeoutExpired:
+        raise JobError(f"{words[0]}: no answer within {_PATIENCE_S:g} s. Is Slurm up? Try again.") from None
