@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, machine, queue, runs, texts
+from pipeline.commands import before, deltas, machine, queue, runs, texts, watch
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -36,6 +36,9 @@ app.command("import")(deltas.import_)
 app.command()(texts.score)
 app.command()(machine.doctor)
 app.command()(queue.submit)
+app.command()(watch.status)
+app.command()(watch.logs)
+app.command()(watch.cancel)
 app.command()(queue.batch)
 
 

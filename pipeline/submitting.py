@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.cluster.queue import queued, sbatch
 from pipeline.cluster.record import Submitted, events, note
-from pipeline.cluster.sbatch import Made, Training, queue_name, render
+from pipeline.cluster.sbatch import LOG, Made, Training, queue_name, render
 from pipeline.job.changes import changes, refuse_changes
 from pipeline.job.cluster import is_secret
 from pipeline.job.errors import JobError
@@ -93,7 +93,8 @@ def submit(job: Job, asked: Asked) -> dict[str, Any]:
     queue_id = _write_and_submit(script, text, frozen, frozen_text, after)
     digest = hashlib.sha256(source.encode()).hexdigest()
     name = f"{FOLDER}/{script.name}"
-    note(asked.run, Submitted(queue_id, name, str(template), digest, made.job_digest, cluster.nodes, tasks, asked.command, asked.after))
+    about = (name, str(template), digest, made.job_digest, cluster.nodes, tasks, asked.command, asked.after)
+    note(asked.run, Submitted(queue_id, *about, log=f"{FOLDER}/{LOG.replace('%j', queue_id)}"))
     return {**answer, "job": queue_id}
 
 
@@ -110,7 +111,7 @@ def _refuse_another(job: Job, asked: Asked) -> None:
     known = queued(last.job)
     if known and not known.over:
         raise JobError(
-            f"{asked.run}: job {last.job} works on it already ({known.state}). Wait for its end, cancel it (scancel {last.job}), "
+            f"{asked.run}: job {last.job} works on it already ({known.state}). Wait for its end, cancel it (zlora cancel {asked.run}), "
             f"come after it (--after {last.job}), or use --run for another folder."
         )
 
