@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, machine, queue, runs, texts, watch
+from pipeline.commands import before, deltas, machine, queue, runs, sweeps, texts, watch
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -36,6 +36,8 @@ app.command("import")(deltas.import_)
 app.command()(texts.score)
 app.command()(machine.doctor)
 app.command()(queue.submit)
+app.command()(sweeps.sweep)
+app.command()(sweeps.compare)
 app.command()(watch.status)
 app.command()(watch.logs)
 app.command()(watch.cancel)

@@ -19,9 +19,11 @@ def check(job: options.JobFile, overrides: options.Overrides = None) -> None:
 
     Example: zlora check jobs/e2e/local.toml
     """
-    from pipeline.job.read import job_toml, read_job
+    from pipeline.job.read import job_toml, read_job, read_members
 
     print(job_toml(read_job(job, tuple(overrides or ()))), end="")
+    for member, _ in read_members(job, tuple(overrides or ())):
+        print(f"# member {member.name}")
 
 
 def plan(
