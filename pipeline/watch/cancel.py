@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.cluster import queue
 from pipeline.cluster.record import Cancelled, Submitted, events, newest_step, note
+from pipeline.cluster.scripts import FOLDER
 from pipeline.job.cluster import WARN_S
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_resolved
@@ -49,7 +50,9 @@ def cancel(run: Path, now: bool, say: Callable[[str], None]) -> list[str]:
 
 
 def _save_and_end(run: Path, event: Submitted, say: Callable[[str], None]) -> str:
-    frozen = read_resolved((run / event.script).with_suffix(".toml"))
+    script = run / event.script
+    # Of a sweep's member the script is the sweep's, and the job its own.
+    frozen = read_resolved(script.with_suffix(".toml")) or read_resolved(run / FOLDER / f"sweep-{script.stem}.toml")
     patience_s = frozen.cluster.warn_s if frozen else WARN_S
     deadline, asked, before = time.monotonic() + patience_s, 0.0, newest_step(run)
     say(f"{run}: job {event.job} is asked to save, and has {patience_s} s for it")
