@@ -85,6 +85,8 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
         "doctor",
         "submit",
         "batch",
+        "sweep",
+        "compare",
         "status",
         "logs",
         "cancel",

@@ -62,13 +62,13 @@ def restarts(events: Sequence[Event]) -> int:
     return max(0, sum(isinstance(event, Began) and (event.job in jobs or not jobs) for event in events) - 1)
 
 
-def standing(events: Sequence[Event], known: Listed | None) -> Standing | None:
-    """How the newest job of training stands; None: there never was one.
+def standing(events: Sequence[Event], known: Listed | None, kind: str = "train") -> Standing | None:
+    """How the newest job of that kind stands; None: there never was one.
 
     Args:
         known: what squeue says of it; None: it is not in the queue any more, or there is no asking.
     """
-    job = _newest_job(events)
+    job = newest_job(events, kind)
     if job is None:
         return None
     own = [event for event in events if event.job == job]
@@ -106,11 +106,12 @@ def waits(reason: str) -> str:
     return f"({reason})"
 
 
-def _newest_job(events: Sequence[Event]) -> str | None:
-    if found := newest(events):
+def newest_job(events: Sequence[Event], kind: str = "train") -> str | None:
+    """Its id in the queue."""
+    if found := newest(events, kind):
         return found.job
     # A script of one's own has no submission that zlora knows of.
-    return next((event.job for event in reversed(events) if isinstance(event, Began)), None)
+    return None if kind != "train" else next((event.job for event in reversed(events) if isinstance(event, Began)), None)
 
 
 def _back(told: Ended | None) -> str:

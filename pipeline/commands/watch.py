@@ -73,9 +73,8 @@ def cancel(
 
     Example: zlora cancel runs/my
     """
-    from pipeline.watch.cancel import cancel as cancel_run
+    from pipeline.watch.cancel import cancel as cancel_runs
     from pipeline.watch.status import find_runs
 
-    for run in find_runs(runs):
-        for line in cancel_run(run, now, lambda text: print(text, file=sys.stderr, flush=True)):
-            print(line)
+    for line in cancel_runs(find_runs(runs), now, lambda text: print(text, file=sys.stderr, flush=True)):
+        print(line)

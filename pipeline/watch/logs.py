@@ -45,6 +45,8 @@ def logs_of(run: Path, rank: int | None) -> list[Log]:
         return [Log(run / LOGS / f"rank{rank}.txt", alive)]
     batch = [run / submitted.log] if submitted and submitted.log else []
     found = [*batch, *(file for file in ranks if file.stat().st_size)]
+    if not found and not submitted and (inside := [path.name for path in sorted(run.iterdir()) if (path / LOGS).is_dir()]):
+        raise JobError(f"{run}: is a folder of runs. Name one of them: {', '.join(inside[:3])}{', ...' * (len(inside) > 3)}.")
     if not found:
         raise JobError(
             f"{run}: has no log yet: it was not submitted, and no rank has printed anything. zlora status {run} says how it stands."

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.cluster.failures import DIVERGED, JOB_ERROR
 from pipeline.cluster.queue import Listed, listed
 from pipeline.cluster.record import FILE, Began, Event, events, newest_step
-from pipeline.cluster.standing import Standing, newest, restarts, standing
+from pipeline.cluster.standing import Standing, newest_job, restarts, standing
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import ENDED, RANK_FAILED
 from pipeline.job.errors import JobError
@@ -26,6 +26,7 @@ _TAIL_BYTES = 1 << 16
 _STEPS = 20
 """Of the newest so many the rate is taken."""
 _DEPTH = 3
+_KINDS = ("train", "evaluate", "merge")
 _LOCAL = {
     STOPPED: ("stopped", "stopped, saved"),
     DIVERGED: ("failed", "diverged"),
@@ -58,19 +59,21 @@ class Status:
     saved_step: int | None
     saved_age_s: float | None
     restarts: int
+    then: dict[str, str]
+    """What comes after training -> how that stands, in words."""
 
 
 def statuses(runs: Sequence[Path]) -> tuple[list[Status], list[str]]:
     """How these runs stand, in one call to squeue; and what a person should know of the answer."""
     records = {run: events(run) for run in runs}
-    jobs = {run: job for run, record in records.items() if (job := _job_of(record))}
+    jobs = {run: {kind: job for kind in _KINDS if (job := newest_job(record, kind))} for run, record in records.items()}
     notes: list[str] = []
     known: dict[str, Listed] = {}
     try:
-        known = listed(jobs.values())
+        known = listed(job for own in jobs.values() for job in own.values())
     except JobError as error:
         notes.append(f"{error} What follows is what the runs' own records say.")
-    return [_status(run, records[run], jobs.get(run), known.get(jobs.get(run, ""))) for run in runs], notes
+    return [_status(run, records[run], jobs[run], known) for run in runs], notes
 
 
 def find_runs(given: Sequence[Path]) -> list[Path]:
@@ -124,7 +127,9 @@ def is_finished(run: Path) -> bool:
     return (run / "result.json").is_file()
 
 
-def _status(run: Path, record: list[Event], job: str | None, known: Listed | None) -> Status:
+def _status(run: Path, record: list[Event], jobs: dict[str, str], queued: dict[str, Listed]) -> Status:
+    job, known = jobs.get("train"), queued.get(jobs.get("train", ""))
+    after = {kind: standing(record, queued.get(own), kind) for kind, own in jobs.items() if kind != "train"}
     rows, place = steps_of(tail_rows(run / "metrics.jsonl")), _place(run)
     last = rows[-1] if rows else {}
     stands = _standing(run, record, known, place)
@@ -152,6 +157,7 @@ def _status(run: Path, record: list[Event], job: str | None, known: Listed | Non
         saved_step=saved,
         saved_age_s=_age_s(run, saved),
         restarts=restarts(record),
+        then={kind: stands.words for kind, stands in after.items() if stands},
     )
 
 
@@ -177,12 +183,6 @@ def _standing(run: Path, record: list[Event], known: Listed | None, place: dict[
 
 def _says_more(told: Standing, place: dict[str, Any]) -> bool:
     return told.words == "running" and bool(place) and not str(place["phase"]).startswith((ENDED, "done"))
-
-
-def _job_of(record: list[Event]) -> str | None:
-    if found := newest(record):
-        return found.job
-    return next((event.job for event in reversed(record) if isinstance(event, Began)), None)
 
 
 def _place(run: Path) -> dict[str, Any]:

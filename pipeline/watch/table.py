@@ -19,6 +19,7 @@ def table(found: Sequence[Status], notes: Sequence[str] = ()) -> RenderableType:
     """A line a run; then, where a run did not end well, what it said last."""
     names = _short([status.run for status in found])
     said = [f"{name}: {status.why}" for name, status in zip(names, found, strict=True) if status.why and status.state != "finished"]
+    said += [f"{name}: then {kind}: {words}" for name, status in zip(names, found, strict=True) for kind, words in status.then.items()]
     lines = [Text(line, style="dim" if number >= len(said) else "") for number, line in enumerate([*said, *notes])]
     return Group(columns("", _NAMES, [_row(name, status) for name, status in zip(names, found, strict=True)]), *lines)
 

@@ -21,7 +21,8 @@ from tests.cluster.submitting import SLOW, ended, instead, log, settings_of, ste
 from tests.training import delta_bytes, rows, trained, write_job
 
 MEMBERS = ["rank=1,seed=1", "rank=1,seed=2", "rank=2,seed=1", "rank=2,seed=2"]
-SWEEP = '[cluster]\nranks_per_node = 1\nenvironment.OMP_NUM_THREADS = "1"\n[sweep]\nmax_parallel = 2\n[sweep.grid]\n"methods.0.rank" = [1, 2]\n"train.seed" = [1, 2]\n'
+CLUSTER = '[cluster]\nranks_per_node = 1\nenvironment.OMP_NUM_THREADS = "1"\n'
+SWEEP = f'{CLUSTER}[sweep]\nmax_parallel = 2\n[sweep.grid]\n"methods.0.rank" = [1, 2]\n"train.seed" = [1, 2]\n'
 ROUND = """sh -c 'if [ "$SLURM_RESTART_COUNT" ]; then exec "$@"; fi; exit 75' -"""
 """In its first sitting it leaves as one that was preempted; in its second it does what it should."""
 
@@ -56,6 +57,11 @@ def seen(run):
     return {status.run.rpartition("/")[2]: status.words for status in statuses(find_runs([run]))[0]}
 
 
+def status_of(run):
+    (found,), _ = statuses([run])
+    return found
+
+
 def sittings(run):
     return [(event.exit_code, event.then) for event in events(run) if isinstance(event, Ended)]
 
@@ -84,6 +90,7 @@ def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm,
         for job in (evaluated, merged):
             assert ended(slurm, f"{job}_{number}") == "COMPLETED", log(run)
     assert ended(slurm, f"{evaluated}_1") == "CANCELLED"
+    assert set(status_of(run / MEMBERS[1]).then.values()) == {"the job before it has failed"}
     words = seen(run)
     assert words.pop("rank=1,seed=2") == "a mistake in the job"
     assert set(words.values()) == {"finished"}
@@ -111,12 +118,11 @@ def test_a_member_of_a_sweep_is_cancelled_with_its_state_saved(slurm, place):
     found = swept(place, "cancelled", "train.steps=300", "train.save_every_steps=300", *slow)
     run = place / "cancelled" / MEMBERS[0]
     wait_for(lambda: steps_taken(run) > 2, "steps")
-    (told,) = cancel(run, False, print)
+    (told,) = cancel([run], False, print)
     assert "saved at step" in told
     assert sittings(run) == [(75, "not requeued")]
     assert statuses([run])[0][0].words == "cancelled by the user"
-    for name in MEMBERS[1:]:
-        cancel(place / "cancelled" / name, True, print)
+    cancel([place / "cancelled" / name for name in MEMBERS[1:]], True, print)
     for number in range(1, 4):
         assert ended(slurm, f"{found['job']}_{number}") == "CANCELLED"
 
@@ -126,12 +132,14 @@ def test_what_comes_after_training_waits_for_it_across_requeues_and_own_mistakes
     settings = ("cluster.ranks_per_node=1", "train.steps=2", instead(place, ROUND))
     job = submitted(place, "then", *settings, then=("evaluate", "merge"))
     assert ended(slurm, job) == "COMPLETED", log(run)
+    assert set(status_of(run).then) == {"evaluate", "merge"}
     noted = {event.kind: event.job for event in events(run) if isinstance(event, Submitted)}
     assert list(noted) == ["train", "evaluate", "merge"]
     for kind in ("evaluate", "merge"):
         assert ended(slurm, noted[kind]) == "COMPLETED", log(run)
     assert len([json.loads(line) for line in (run / "predictions" / "valid.jsonl").read_text().splitlines()]) == 4
     assert (run / "merged" / "config.json").is_file()
+    assert status_of(run).then == {"evaluate": "finished", "merge": "finished"}
     began = [event.job for event in events(run) if isinstance(event, Began)]
     assert sorted(began) == sorted([job] * 2 + [noted["evaluate"]] * 2 + [noted["merge"]] * 2), "each came back once"
     with pytest.raises(JobError, match="merged: is there already, and merging writes over nothing"):

@@ -60,7 +60,7 @@ def test_a_job_is_seen_waiting_running_and_cancelled_with_its_state_saved(slurm,
     assert (found.state, found.nodes, found.restarts) == ("running", "node1", 0)
     assert found.left_s > 1
     said = []
-    (told,) = cancel(run, False, said.append)
+    (told,) = cancel([run], False, said.append)
     step = newest_step(run)
     assert told == f"{run}: job {job} cancelled; saved at step {step}"
     assert step % 100, "saved for this"
@@ -75,7 +75,7 @@ def test_a_job_is_seen_waiting_running_and_cancelled_with_its_state_saved(slurm,
     reader.join(20)
     assert not reader.is_alive()
     assert b"".join(followed).decode() == log(run)
-    assert cancel(run, False, said.append) == [f"{run}: no job of it is in the queue"]
+    assert cancel([run], False, said.append) == [f"{run}: no job of it is in the queue"]
     again = submitted(place, "watched", "cluster.ranks_per_node=1", *COURSE[1:], f"train.steps={step + 3}", nodes="node1")
     assert ended(slurm, again) == "COMPLETED", log(run)
     assert status(run).words == "finished"
@@ -84,14 +84,14 @@ def test_a_job_is_seen_waiting_running_and_cancelled_with_its_state_saved(slurm,
 def test_what_waits_is_taken_out_and_now_does_not_wait(slurm, place):
     run = place / "waiting"
     job = submitted(place, "waiting", "cluster.ranks_per_node=1", *COURSE, hold=True)
-    assert cancel(run, False, print) == [f"{run}: job {job} (train) cancelled"]
+    assert cancel([run], False, print) == [f"{run}: job {job} (train) cancelled"]
     assert ended(slurm, job) == "CANCELLED"
     assert status(run).state == "cancelled"
     run = place / "now"
     job = submitted(place, "now", "cluster.ranks_per_node=1", instead(place, "sleep 60"), nodes="node2")
     wait_for(lambda: status(run).state == "running", "its start")
     begun = time.monotonic()
-    cancel(run, True, print)
+    cancel([run], True, print)
     assert ended(slurm, job) == "CANCELLED"
     assert time.monotonic() - begun < 15
     assert status(run).words == "cancelled by the user"

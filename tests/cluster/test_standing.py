@@ -75,6 +75,8 @@ def test_only_training_counts_and_the_newest_of_it():
     record = [SUBMITTED, BEGAN, end(0), after, Began("8", 0, "node1"), Ended("8", 0, 2, "no test split", 5, "not requeued")]
     assert standing(record, None).state == "finished"
     assert restarts(record) == 0
+    assert standing(record, None, "evaluate").words == "a mistake in the job"
+    assert standing(record, None, "merge") is None
     again = Submitted("9", "slurm/2.sbatch", "t", "0", "0", 1, 1, ())
     assert standing([*record, again], Listed("9", "PENDING", "Priority", "", "")).state == "waiting"
     assert restarts([*record, again, Began("9", 0, "a"), Began("9", 1, "a")]) == 2
