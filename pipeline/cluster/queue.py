@@ -79,13 +79,21 @@ def listed(jobs: Iterable[str]) -> dict[str, Listed]:
 
 
 def ask_to_save(job: str) -> None:
-    """Signals the batch script of a running job, as Slurm does before the limit."""
-    _answer(["scancel", "--batch", "--signal=USR1", job])
+    """Signals the batch script of a running job, as Slurm does before the limit. One that has ended is let be."""
+    _scancel("--batch", "--signal=USR1", job)
 
 
 def cancel(job: str) -> None:
     """Ends a job, or takes it out of the queue. One that has ended is let be."""
-    _answer(["scancel", job])
+    _scancel(job)
+
+
+def _scancel(*options: str) -> None:
+    words = ["scancel", *options]
+    done = _run(words)
+    # A job that ended a moment ago is an error too, without a word or by these.
+    if done.stderr.strip() and "already complet" not in done.stderr:
+        _said(words, done)
 
 
 def requeue(job: str) -> str | None:

@@ -112,3 +112,15 @@ def test_a_job_that_slurm_has_forgotten_is_not_known_and_no_answer_is_an_error(t
     commands(tmp_path, monkeypatch, "exec sleep 5")
     with pytest.raises(JobError, match=r"no answer within 0.2 s"):
         listed(["7"])
+
+
+def test_a_job_that_has_just_ended_may_be_cancelled(tmp_path, monkeypatch):
+    for text in ("exit 229", 'echo "scancel: error: Kill job error on job id 7: Job/step already completing or completed" >&2; exit 1'):
+        (tmp_path / "scancel").write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "scancel").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        queue.cancel("7")
+        queue.ask_to_save("7")
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "scancel: error: Kill job error on job id 7: Access denied" >&2; exit 1\n')
+    with pytest.raises(JobError, match="Access denied"):
+        queue.cancel("7")
