@@ -2,8 +2,8 @@
 
     python benchmarks/profile_cases.py [--pictures FOLDER] [--record FILE]
 
-Each is a GPT-2 of random weights on two CPU ranks. The slow disk and the small memory are the kernel's own limits (control groups),
-so those two need root; without it they are left out, and said to be.
+Each is a GPT-2 of random weights on two CPU ranks. The small memory of the second is the kernel's own limit (a control group), so that one
+needs root; without it it is left out, and said to be.
 """
 
 from __future__ import annotations
@@ -34,18 +34,16 @@ model = "{base}"
 [[methods]]
 kind = "lora"
 [task]
-kind = "jsonl"
+{task}
 data = "{data}"
 [train]
 steps = 1000
 learning_rate = 1e-3
 """
-READS_PER_S = 40
-"""Of the slow disk: what a busy network file system answers."""
 
 
-def make(folder: Path, name: str, width: int, layers: int, examples: int, words: int) -> Path:
-    """A base, data of examples of so many words, and a job."""
+def make(folder: Path, name: str, width: int, layers: int, examples: int, words: int, labels: bool = False) -> Path:
+    """A base, data of examples of so many words, and a job: to go on from one half, or to tell which label it has."""
     base, data, job = folder / name, folder / f"{name}.jsonl", folder / f"{name}.toml"
     sizes = {"n_positions": 1024, "n_embd": width, "n_layer": layers, "n_head": max(1, width // 64)}
     config = GPT2Config(vocab_size=WORDS + 1, bos_token_id=WORDS, eos_token_id=WORDS, **sizes)
@@ -56,8 +54,10 @@ def make(folder: Path, name: str, width: int, layers: int, examples: int, words:
     with data.open("w", encoding="utf-8") as file:
         for number in range(examples):
             text = [f"w{(number * 7919 + place * 31) % WORDS}" for place in range(words)]
-            file.write(json.dumps({"prompt": " ".join(text[: words // 2]), "completion": " " + " ".join(text[words // 2 :])}) + "\n")
-    job.write_text(JOB.format(base=base, data=data), encoding="utf-8")
+            halves = {"prompt": " ".join(text[: words // 2]), "completion": " " + " ".join(text[words // 2 :])}
+            file.write(json.dumps({"text": " ".join(text), "label": "odd" if number % 2 else "even"} if labels else halves) + "\n")
+    task = 'kind = "classification"\nlabels = ["odd", "even"]' if labels else 'kind = "jsonl"'
+    job.write_text(JOB.format(base=base, task=task, data=data), encoding="utf-8")
     return job
 
 
@@ -99,27 +99,10 @@ def memory(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def data(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    job = make(folder, "data", 256, 4, 60000, 60)
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    profiled(job, folder / "data-made", [])
-    device = folder.stat().st_dev
-    with limited("blkio", "blkio.throttle.read_iops_device", f"{os.major(device)}:{os.minor(device)} {READS_PER_S}") as begin:
-        yield "as it is", profiled(job, folder / "data-0", [*evicting(folder / "cache"), *begin])
-    yield "the cache on a local disk", profiled(job, folder / "data-1", evicting(folder / "cache"))
-
-
-def evicting(folder: Path) -> list[str]:
-    """A command's beginning that has the files of a folder read from the disk again."""
-    script = (
-        "import os, sys\n"
-        "for folder, _, names in os.walk(sys.argv[1]):\n"
-        "    for name in names:\n"
-        "        with open(os.path.join(folder, name), 'rb') as file:\n"
-        "            os.fsync(file.fileno())\n"
-        "            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)\n"
-        "os.execvp(sys.argv[2], sys.argv[2:])\n"
-    )
-    return [sys.executable, "-c", script, str(folder)]
+    """Short texts with a label, thousands a step."""
+    size = ("train.batch_examples=4096", "train.micro_batch_tokens=32768")
+    for number, (title, width, layers) in enumerate((("as it is", 32, 2), ("a base of 6 layers of 256", 256, 6))):
+        yield title, profiled(make(folder, f"data{number}", width, layers, 20000, 6, labels=True), folder / f"data-{number}", [], *size)
 
 
 def row(title: str, report: dict[str, Any]) -> list[str]:
@@ -147,8 +130,8 @@ def main() -> None:
         for case in (gathers, memory, data):
             if asked.only not in (None, case.__name__):
                 continue
-            if case is not gathers and os.geteuid():
-                console.print(f"{case.__name__}: left out, it needs root for the kernel's limits")
+            if case is memory and os.geteuid():
+                console.print(f"{case.__name__}: left out, it needs root for the kernel's limit")
                 continue
             for number, (title, report) in enumerate(case(Path(scratch))):
                 rows.append(row(f"{case.__name__}: {title}", report))

@@ -31,7 +31,8 @@ for command in (
     texts.generate,
 ):
     app.command()(command)
-app.command()(deltas.merge)
+for folder_command in (deltas.merge, deltas.switch, deltas.unmerge, deltas.verify):
+    app.command()(folder_command)
 app.command("import")(deltas.import_)
 app.command()(texts.score)
 app.command()(machine.doctor)

@@ -79,29 +79,11 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     assert len(rooms) == 14
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
-    pages = index + (ROOT / "docs" / "generate.md").read_text()
+    pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md"))
     commands = get_command(app).commands
     assert set(commands) == {
-        "doctor",
-        "submit",
-        "batch",
-        "sweep",
-        "compare",
-        "status",
-        "logs",
-        "cancel",
-        "check",
-        "fetch",
-        "data",
-        "plan",
-        "methods",
-        "profile",
-        "train",
-        "evaluate",
-        "generate",
-        "score",
-        "merge",
-        "import",
+        *("doctor", "submit", "batch", "check", "fetch", "data", "plan", "methods", "profile", "train", "evaluate", "generate", "score"),
+        *("merge", "switch", "unmerge", "verify", "import", "sweep", "compare", "status", "logs", "cancel"),
     }
     for name, command in commands.items():
         assert f"`zlora {name} " in index

@@ -19,6 +19,7 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job, a TOML fi
 RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; runs/<job name> when absent.")]
 RankCount = Annotated[int | None, typer.Option("--ranks", min=1, help="Ranks to start here; the GPUs, else 1, when absent.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: train.steps=20.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Files made at a time; the cores when absent.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 
 MaxNewTokens = Annotated[int, typer.Option(help="Longest generated text.")]

@@ -1,18 +1,18 @@
-"""What becomes of each tensor of a base when a delta is folded into it: the arithmetic of merging, without files.
+"""What becomes of each tensor of a base when deltas are folded into it: the arithmetic of merging, without files.
 
+Of deltas i with weights w_i: W + sum w_i ((W_i - W) + (alpha_i / R_i) B_i A_i), where W_i stands for W if delta i does not have a trained
+copy of W. One delta of weight 1 gives exactly its own W_i, plus its own B A.
 Shapes: W [D, K] (or [K, D] as GPT-2's Conv1D stores it), A [R, K], B [D, R].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from pipeline.job.errors import JobError
-from pipeline.weights.delta import Manifest, Module, StoredDelta
-from pipeline.weights.index import Checkpoint
+from pipeline.weights.delta import Module, StoredDelta
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Addition:
     module: Module
     a: torch.Tensor
     b: torch.Tensor
+    weight: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +32,7 @@ class Addition:
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows of the update in the checkpoint's own orientation, fp32."""
-        scale = self.module.alpha / self.module.rank
+        scale = self.weight * self.module.alpha / self.module.rank
         if self.module.transposed:
             return (self.a[:, first:last].T @ self.b.T) * scale
         return (self.b[first:last] @ self.a) * scale
@@ -39,10 +40,11 @@ class Addition:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor of the base: other values in its place, an addition, or both."""
+    """What becomes of one tensor of the base: other values in its place, additions, or both."""
 
-    replaced: torch.Tensor | None = None
-    added: Addition | None = None
+    replaced: tuple[tuple[float, torch.Tensor], ...] = ()
+    """Weight and trained copy."""
+    added: tuple[Addition, ...] = ()
     new: tuple[tuple[int, ...], torch.Tensor] | None = None
     """Ids and rows of added tokens [N, D]: in the place of rows that are there, or behind them."""
 
@@ -57,13 +59,11 @@ class Change:
         return (max(stored[0], self.new[0][-1] + 1), *stored[1:])
 
     @property
-    def expected(self) -> tuple[int | None, ...]:
-        """Shape that the tensor has in the base. None: whatever it is."""
-        found = self.replaced if self.replaced is not None else self.added
-        if found is not None:
-            return tuple(found.shape)
-        assert self.new is not None
-        return (None, self.new[1].shape[1])
+    def expected(self) -> list[tuple[int | None, ...]]:
+        """Shapes that the tensor must have in the base. None: whatever it is."""
+        shapes: list[tuple[int | None, ...]] = [tuple(tensor.shape) for _, tensor in self.replaced]
+        shapes += [addition.shape for addition in self.added]
+        return shapes + ([(None, self.new[1].shape[1])] if self.new else [])
 
     def behind(self, rows: int) -> torch.Tensor | None:
         """What stands behind the base's rows."""
@@ -71,48 +71,55 @@ class Change:
             return None
         return self.new[1][[place for place, token in enumerate(self.new[0]) if token >= rows]]
 
-    def rows(self, stored: torch.Tensor, first: int) -> torch.Tensor:
-        """Of the result, from rows of the base [N, ...] in fp32 or wider, the first of them `first`."""
+    def rows(self, stored: torch.Tensor, first: int, of: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the result, and where an exact change is not zero.
+
+        Args:
+            stored: rows of the base [N, ...] in fp32 or wider.
+            first: which of the base's rows is the first of them.
+            of: how many rows the base has.
+        """
         last = first + len(stored)
-        if self.replaced is not None:
-            stored = self.replaced[first:last].to(stored.dtype).view_as(stored)
-        result = stored if self.added is None else stored + self.added.rows(first, last)
+        update = (
+            stored.new_zeros(())
+            if not self.added
+            else sum((one.rows(first, last) for one in self.added[1:]), self.added[0].rows(first, last))
+        )
+        moved = (update != 0).expand_as(stored)
+        result = stored + update
+        if self.replaced:
+            # 1 exactly where one copy stands in the base's place: what it stands in the place of must not be rounded into it.
+            left = 1 - sum(weight for weight, _ in self.replaced)
+            result = stored * left + update if left else update
+            for weight, tensor in self.replaced:
+                part = tensor.reshape(of, -1)[first:last].to(stored.dtype)
+                result = result + (part if weight == 1 else weight * part)
+            moved = result != stored
         for token, row in zip(*self.new, strict=True) if self.new else ():
             if first <= token < last:
                 result[token - first] = row
-        return result
+                moved = moved.clone()
+                moved[token - first] = row != stored[token - first]
+        return result, moved
 
 
-def changes_of(stored: StoredDelta) -> dict[str, Change]:
-    """By the name of the tensor in the checkpoint."""
-    changes = {name: Change(stored.replaced[one.name]) for one in stored.manifest.replaced for name in one.tensors}
-    for module in stored.manifest.modules:
-        addition = Addition(module, *stored.pairs[module.name])
-        changes[module.tensor] = replace(changes.get(module.tensor, Change()), added=addition)
-    if added := stored.manifest.added:
-        for name, tensors in added.rows.items():
-            for tensor in tensors:
-                changes[tensor] = replace(changes.get(tensor, Change()), new=(added.ids, stored.added[name]))
+def changes_of(deltas: Iterable[tuple[float, StoredDelta]]) -> dict[str, Change]:
+    """By the name of the tensor in the checkpoint.
+
+    Args:
+        deltas: each with its weight.
+    """
+    changes: dict[str, Change] = {}
+    for weight, stored in deltas:
+        for one in stored.manifest.replaced:
+            for name in one.tensors:
+                old = changes.get(name, Change())
+                changes[name] = replace(old, replaced=(*old.replaced, (weight, stored.replaced[one.name])))
+        for module in stored.manifest.modules:
+            old = changes.get(module.tensor, Change())
+            changes[module.tensor] = replace(old, added=(*old.added, Addition(module, *stored.pairs[module.name], weight)))
+        if added := stored.manifest.added:
+            for name, tensors in added.rows.items():
+                for tensor in tensors:
+                    changes[tensor] = replace(changes.get(tensor, Change()), new=(added.ids, stored.added[name]))
     return changes
-
-
-def refuse_unfolded(manifest: Manifest, delta: Path) -> None:
-    if not manifest.other:
-        return
-    kinds = [method["kind"] for method in manifest.methods if method["kind"] in ("adapter", "prefix_embed", "prefix_layer")]
-    raise JobError(
-        f"{delta}: was trained by {' and '.join(kinds)}, which puts into the model what no ordinary checkpoint has a place for. "
-        "Use it as it is (zlora generate --delta, zlora evaluate), or train by a method that merges: lora, full, full_top, bitfit."
-    )
-
-
-def refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
-    for name, change in changes.items():
-        entry = checkpoint.entries.get(name)
-        wanted, shape = change.expected, entry.shape if entry else ()
-        fits = len(shape) == len(wanted) and all(size in (None, own) for size, own in zip(wanted, shape, strict=True))
-        if not fits:
-            found = "not there" if entry is None else f"of shape {list(entry.shape)}"
-            raise JobError(
-                f'{delta}: adapts tensor "{name}" of shape {list(wanted)}, which in {checkpoint.folder} is {found}. Name the right base.'
-            )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.delta import CONFIG, TENSORS
+from pipeline.weights.parse import read_json
 from pipeline.weights.tensors import load_tensors
 
 _PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _LORALIB = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])")
 _PICKLED = "adapter_model.bin"
+_LONGEST_NAME, _REPEATS = 300, 4
+"""Of a pattern: characters, and signs that repeat."""
 _CHANGED = ("use_dora", "alora_invocation_tokens", "use_qalora", "lora_bias", "layer_replication", "megatron_config")
 """Settings of PEFT's that make another map of A and B, or of the base."""
 
@@ -64,11 +67,13 @@ def read_foreign(source: Path, alpha: float | None) -> Foreign:
 def _read_peft(folder: Path) -> Foreign:
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, alpha = config["peft_type"], config["lora_alpha"]
+        config = read_json(file)
+        kind, alpha, patterns = config["peft_type"], config["lora_alpha"], config.get("alpha_pattern") or {}
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in (alpha, *patterns.values())):
+            raise ValueError("lora_alpha or alpha_pattern: not a number")
     except FileNotFoundError:
         raise JobError(f"{folder}: has no {CONFIG}, so PEFT did not save it. Name the folder that has it, or a loralib file.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise JobError(f"{file}: cannot be read as the config of a LoRA ({error!r}). Only PEFT's LoRA is imported.") from None
     if kind != "LORA":
         raise JobError(f'{file}: peft_type = "{kind}". Only PEFT\'s LoRA is imported.')
@@ -88,12 +93,23 @@ def _read_peft(folder: Path) -> Foreign:
             raise JobError(f"{folder}: neither {TENSORS} nor {_PICKLED} is here. Fetch it again.")
         tensors = _unpickled(source)
     pairs, rest = _paired(source, tensors, _PEFT)
-    scales, patterns = {}, config.get("alpha_pattern") or {}
+    scales = {}
+    endings = [(_ending(file, key), value) for key, value in patterns.items()]
     for module, (a, _) in pairs.items():
         # As PEFT looks it up: the first pattern that the module's name ends with.
-        own = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
+        own = next((value for ending, value in endings if ending.fullmatch(module)), alpha)
         scales[module] = own / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
     return Foreign(pairs, scales, {name.removeprefix("base_model.model."): tensor for name, tensor in rest.items()}, config)
+
+
+def _ending(file: Path, key: str) -> re.Pattern[str]:
+    """PEFT's patterns are regular expressions, and some would run for years."""
+    if len(key) > _LONGEST_NAME or len(re.findall(r"[*+?{]", key)) > _REPEATS or re.search(r"\)[*+?{]", key):
+        raise JobError(f'{file}: alpha_pattern "{key[:80]}" repeats a group, or too much. Write the modules\' names out.')
+    try:
+        return re.compile(rf"(.*\.)?({key})")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise JobError(f'{file}: alpha_pattern "{key[:80]}" is no regular expression ({error}). Correct it.') from None
 
 
 def unfused(pair: tuple[torch.Tensor, torch.Tensor], runs: tuple[int, ...], of: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,20 +145,44 @@ def _paired(
             raise JobError(f"{source}: {module} has lora_{there}, but no lora_{absent}. The file is incomplete; fetch it again.")
         if half["A"].dim() != 2 or half["B"].dim() != 2:
             raise JobError(f"{source}: the pair of {module} is not of two matrices, so it is not of a linear map. It is not imported.")
+        if not half["A"].numel() or not half["B"].numel():
+            raise JobError(f"{source}: the pair of {module} is empty. Fetch it again.")
     return {module: (half["A"], half["B"]) for module, half in halves.items()}, rest
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     try:
+        _refuse_packed(file)
+        # Whatever a file that anybody may have made does to the reader.
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise JobError(f"{file}: cannot be read as a file of tensors alone ({said}). Nothing else is unpickled; fetch it again.") from None
     # So the paper's GPT-2 code saves it.
     found = found.get("model_state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(name, str) and _plain(tensor) for name, tensor in found.items()):
         raise JobError(f"{file}: is not a table of tensors by name. Name the file that lora_state_dict made.")
     return found
+
+
+def _refuse_packed(file: Path) -> None:
+    """torch writes its archives unpacked; a packed one may be a thousand times its size."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                raise ValueError("a packed archive")
+
+
+def _plain(tensor: Any) -> bool:
+    """Of numbers that are all in the file: one that is spread over fewer would take any memory."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

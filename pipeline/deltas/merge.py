@@ -1,228 +1,198 @@
-"""Base + delta -> an ordinary checkpoint, file to file: W + (alpha / R) B A in fp32, rounded once (Hu et al. 2021, section 4.1), and
-the base's own parameters where they were trained.
+"""Base + deltas -> an ordinary checkpoint, file to file: W + (alpha / R) B A in fp32, rounded once (Hu et al. 2021, section 4.1), and
+the base's own parameters where they were trained; several deltas with their weights.
 
-Every file keeps its layout, header and dtype, so unadapted tensors are copied byte by byte and adapted ones rewritten in place,
-a run of rows at a time. The result appears under its name only when it is whole.
+The result is made in `.<name>.merging/result` and gets its name when it is whole. `journal.jsonl` beside it says what is being merged,
+and of each file that is finished and on disk what its bytes are: a merge that was killed goes on with those that still are so.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
-import torch
-
-from pipeline.deltas.changes import Change, changes_of, refuse_misfit, refuse_unfolded
+from pipeline.deltas.beside import CERTIFICATE, write_beside
+from pipeline.deltas.certificate import HEADER, SCHEMA_VERSION, Sums, beside_digests, certificate_of, read_certificate
+from pipeline.deltas.layout import Layout, layouts_of
+from pipeline.deltas.mixture import Mixture, mix
+from pipeline.deltas.parallel import Progress, Tick, side_by_side
+from pipeline.deltas.pieces import make_piece
 from pipeline.job.errors import JobError
-from pipeline.weights.atomic import new_folder, refuse_filled, write_json
-from pipeline.weights.delta import Added, Head, read_delta
-from pipeline.weights.digest import base_digest, file_digests
-from pipeline.weights.hub import INDEX_NAME
-from pipeline.weights.index import Entry, header_of, open_checkpoint, read_header
-from pipeline.weights.read import Reader, byte_view
+from pipeline.weights.atomic import fsync, of_path, refuse_filled, write_json
+from pipeline.weights.digest import sha256_of
+from pipeline.weights.parse import parse_json
+from pipeline.weights.read import Reader
 
-SCHEMA_VERSION = 1
-CERTIFICATE = "merge.json"
-_COPY_BYTES = 1 << 22
-_BLOCK_ELEMENTS = 1 << 20
-_TAKEN = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ""}
-"""Config, tokenizer, code, licence. Other copies of the base's weights are not merged, so not taken along."""
+_JOURNAL, _RESULT = "journal.jsonl", "result"
+Check = Callable[[Mixture, Path], dict[str, Any]]
+"""Compares the finished folder with the unmerged model; its answer is the certificate's `logits`."""
 
 
-def merge(base: Path, delta: Path, out: Path, progress: Callable[[Iterable[Entry]], Iterable[Entry]] = iter) -> dict[str, Any]:
+def merge(
+    base: Path,
+    deltas: Path | Sequence[tuple[Path, float]],
+    out: Path,
+    progress: Progress = iter,
+    *,
+    dtype: str | None = None,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    check: Check | None = None,
+) -> dict[str, Any]:
     """Writes the merged checkpoint with tokenizer and config, and its certificate `merge.json`.
 
     Args:
-        progress: wraps the iteration over the base's tensors, for a progress bar.
+        deltas: one, or each with its weight.
+        progress: wraps the iteration over the result's tensors, for a progress bar.
+        dtype: "fp32", "bf16" or "fp16"; None: the base's.
+        workers: files made at a time; None: as many as there are cores. Each holds 20 MB at most.
+        say: is told what is gone on with.
 
     Returns:
-        The certificate: digests of base, delta and result, and per tensor the largest error that rounding to its dtype made.
+        The certificate.
 
     Raises:
-        JobError: another base than the delta's, a delta that does not fit it, or a destination that is not empty.
+        JobError: what `mix` refuses, a result that is not finite, a destination that is not empty, or another merge into it.
     """
+    mixture = mix(base, [(deltas, 1.0)] if isinstance(deltas, Path) else deltas, dtype)
+    asked = {"schema_version": SCHEMA_VERSION, **mixture.asked}
+    work = out.absolute().parent / f".{out.absolute().name}.merging"
+    if _only_its_journal_is_left(work, out, asked):
+        shutil.rmtree(work, ignore_errors=True)
+        say(f"{out} was finished already")
+        return read_certificate(out)
     refuse_filled(out)
-    checkpoint = open_checkpoint(base)
-    stored = read_delta(delta)
-    manifest, head = stored.manifest, stored.head
-    refuse_unfolded(manifest, delta)
-    digests = file_digests(checkpoint.files)
-    if base_digest(digests) != manifest.base_digest:
-        raise JobError(
-            f"{base}: its digest is {base_digest(digests)[:12]}..., the delta was trained on {manifest.base_digest[:12]}... "
-            f"({manifest.base}). Name the base that the delta was trained on."
-        )
-    changes = changes_of(stored)
-    refuse_misfit(checkpoint, changes, delta)
-    errors: dict[str, float] = {}
-    with new_folder(out) as partial, Reader() as reader:
-        results = {}
-        tensors = iter(progress([entry for file in checkpoint.files for entry in read_header(file)]))
-        for file in checkpoint.files:
-            # The last file takes a head in; one that the base has gives way.
-            extra = head if file == checkpoint.files[-1] else {}
-            results[file.name] = _merge_file(file, partial / file.name, tensors, changes, reader, errors, extra, set(head))
-        _copy_the_rest(base, partial)
-        if manifest.added:
-            grown = [(checkpoint.entries[name], change) for name, change in changes.items()]
-            more = sum((change.shape(entry.shape)[0] - entry.shape[0]) * entry.bytes // entry.shape[0] for entry, change in grown)
-            _announce_tokens(base, partial, manifest.added, more)
-        if manifest.head:
-            replaced = sum(checkpoint.entries[name].bytes for name in head if name in checkpoint.entries)
-            _announce(partial, checkpoint.files[-1].name, manifest.head, sum(4 * tensor.numel() for tensor in head.values()) - replaced)
-        certificate = {
-            "schema_version": SCHEMA_VERSION,
-            "base": {"path": str(base.resolve()), "digest": manifest.base_digest, "files": digests},
-            "delta": {"path": str(delta.resolve()), "sha256": manifest.sha256, "manifest": asdict(manifest)},
-            "result": {"digest": base_digest(results), "files": results},
-            "largest_rounding_error": errors,
-        }
-        write_json(partial / CERTIFICATE, certificate)
+    if out.is_dir() and out.resolve() != Path.cwd():
+        # Now, not at the end: an empty folder that cannot be moved away (a mount point) must not cost the work.
+        out.rmdir()
+    with _journal(work, out, asked, say) as (journal, finished):
+        result, layouts = work / _RESULT, layouts_of(mixture)
+        rows = _write_files(layouts, result, journal, finished, workers, progress)
+        names = [layout.name for layout in layouts]
+        write_beside(mixture, layouts, result)
+        logits = check(mixture, result) if check else None
+        certificate = certificate_of(mixture, {name: rows[name] for name in names}, beside_digests(result, names), logits)
+        write_json(result / CERTIFICATE, certificate)
+        for file in result.rglob("*"):
+            fsync(file)
+        fsync(result)
+        result.replace(out.absolute())
+        fsync(work.parent)
+    shutil.rmtree(work, ignore_errors=True)
     return certificate
 
 
-def _merge_file(
-    source: Path,
-    target: Path,
-    tensors: Iterator[Entry],
-    changes: dict[str, Change],
-    reader: Reader,
-    errors: dict[str, float],
-    extra: dict[str, torch.Tensor],
-    left_out: set[str],
-) -> str:
-    """Rewrites one file; takes as many entries from `tensors` as it has, then the extra ones. Returns the result's sha256."""
-    sha = hashlib.sha256()
-    header, data_start = header_of(source)
-    entries = read_header(source)
-    with source.open("rb") as old, target.open("wb") as new:
+def _write_files(
+    layouts: Sequence[Layout],
+    result: Path,
+    journal: TextIO,
+    finished: dict[str, dict[str, Any]],
+    workers: int | None,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """What the `Sums` of each file say."""
+    rows: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+
+    def one(layout: Layout, tick: Tick) -> None:
+        row, target = finished.get(layout.name), result / layout.name
+        if row and target.is_file() and sha256_of(target) == row["sha256"]:
+            rows[layout.name] = row
+            for _ in layout.pieces:
+                tick()
+            return
+        rows[layout.name] = row = write_file(layout, target, tick).row()
+        with lock:
+            _note(journal, {"file": layout.name, **row})
+
+    side_by_side(layouts, [piece.name for layout in layouts for piece in layout.pieces], one, workers, progress)
+    return rows
+
+
+def write_file(layout: Layout, target: Path, tick: Tick) -> Sums:
+    """Writes a whole file of the result, and has it on disk."""
+    sums = Sums()
+    with target.open("wb", buffering=0) as stream, Reader() as reader:
 
         def write(data: bytes | memoryview) -> None:
-            sha.update(data)
-            new.write(data)
+            sums.take(data)
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
 
-        grown = {entry.name: shape for entry in entries if (shape := changes.get(entry.name, Change()).shape(entry.shape)) != entry.shape}
-        if extra or grown or any(entry.name in left_out for entry in entries):
-            write(_with(header, [entry for entry in entries if entry.name not in left_out], grown, extra))
-        else:
-            _copy(old, data_start, write)
-        for _ in entries:
-            entry = next(tensors)
-            if entry.name in left_out:
-                continue
-            if change := changes.get(entry.name):
-                errors[entry.name] = _merge_tensor(entry, change, reader, write)
-            else:
-                old.seek(entry.start)
-                _copy(old, entry.bytes, write)
-        end = max((entry.start + entry.bytes for entry in entries), default=data_start)
-        old.seek(end)
-        _copy(old, source.stat().st_size - end, write)
-        for tensor in extra.values():
-            write(byte_view(tensor.contiguous()))
-    return sha.hexdigest()
+        write(layout.header)
+        sums.end(HEADER)
+        for piece in layout.pieces:
+            if (rounding := make_piece(piece, reader, write)) is not None:
+                sums.tensors[piece.name] = rounding
+            sums.end(piece.name)
+            tick()
+        os.fsync(stream.fileno())
+    return sums
 
 
-def _with(old: dict[str, Any], entries: list[Entry], grown: dict[str, tuple[int, ...]], extra: dict[str, torch.Tensor]) -> bytes:
-    """A safetensors header of these tensors of an old one, some with more rows, and of fp32 tensors more, whose data come behind."""
-    header, place = {key: value for key, value in old.items() if key == "__metadata__"}, 0
-    for entry in entries:
-        shape = grown.get(entry.name, entry.shape)
-        size = torch.Size(shape).numel() * entry.dtype.itemsize
-        header[entry.name] = {**old[entry.name], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
-    for name, tensor in extra.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, place + 4 * tensor.numel()]}
-        place += 4 * tensor.numel()
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+@contextmanager
+def _journal(
+    work: Path, out: Path, asked: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[tuple[TextIO, dict[str, dict[str, Any]]]]:
+    """The journal, open at its end, and what it says of finished files. A failure removes all; a kill or an interrupt nothing."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / _JOURNAL).open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"{out}: another process is merging into it. Wait for it, or choose another folder.") from None
+        except OSError:
+            pass  # a file system without locks
+        finished = _read(work / _JOURNAL, asked)
+        if finished is None:
+            if (work / _RESULT).exists():
+                shutil.rmtree(work / _RESULT)
+                say(f"an unfinished merge of something else into {out} is thrown away")
+            journal.truncate(0)
+            _note(journal, {"asked": asked})
+            finished = {}
+        elif (work / _RESULT).exists():
+            say(f"going on with an unfinished merge: {len(finished)} finished files of it are checked and kept")
+            # Whatever a kill cut off is a line of its own.
+            _append(journal, "\n")
+        (work / _RESULT).mkdir(exist_ok=True)
+        try:
+            yield journal, finished
+        except Exception as error:
+            shutil.rmtree(work, ignore_errors=True)
+            raise of_path(out, error) from None
 
 
-def _announce(folder: Path, file: str, head: Head, more_bytes: int) -> None:
-    """Makes config and index those of a model with this head, which is in `file`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = head.labels or ("LABEL_0",)
-    config["architectures"] = [head.architecture]
-    config["id2label"] = {str(place): name for place, name in enumerate(names)}
-    config["label2id"] = {name: place for place, name in enumerate(names)}
-    config["problem_type"] = "single_label_classification" if head.labels else "regression"
-    if config.get("pad_token_id") is None:
-        # transformers looks for the last token that is no padding.
-        end = config.get("eos_token_id")
-        config["pad_token_id"] = end[0] if isinstance(end, list) else end
-    write_json(folder / "config.json", config)
-    _grow_index(folder, more_bytes, dict.fromkeys(head.tensors, file))
+def _note(journal: TextIO, row: dict[str, Any]) -> None:
+    _append(journal, json.dumps(row) + "\n")
 
 
-def _announce_tokens(base: Path, folder: Path, added: Added, more_bytes: int) -> None:
-    """Makes config, index and tokenizer those of a model that knows the tokens."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["vocab_size"] = max(config["vocab_size"], added.ids[-1] + 1)
-    write_json(folder / "config.json", config)
-    _grow_index(folder, more_bytes)
-    # Here alone is transformers needed, and it takes seconds to import.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    tokenizer.add_tokens(list(added.tokens))
-    tokenizer.save_pretrained(folder)
+def _append(journal: TextIO, text: str) -> None:
+    journal.write(text)
+    journal.flush()
+    os.fsync(journal.fileno())
 
 
-def _grow_index(folder: Path, more_bytes: int, files: dict[str, str] | None = None) -> None:
-    """Where there is one.
-
-    Args:
-        files: further tensors -> the file that each is in.
-    """
-    if (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        index["weight_map"] |= files or {}
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += more_bytes
-        write_json(folder / INDEX_NAME, index)
-
-
-def _merge_tensor(entry: Entry, change: Change, reader: Reader, write: Callable[[memoryview], None]) -> float:
-    """Writes the result, a run of rows at a time. Returns the largest error of the one rounding."""
-    rows = entry.shape[0]
-    columns = entry.numel // rows
-    block = max(1, _BLOCK_ELEMENTS // columns)
-    error = 0.0
-    for first in range(0, rows, block):
-        last = min(rows, first + block)
-        stored = torch.empty((last - first) * columns, dtype=entry.dtype)
-        reader.read(entry, first * columns, stored)
-        # In fp32, or in the base's own dtype where that is wider.
-        wide = torch.promote_types(entry.dtype, torch.float32)
-        exact = change.rows(stored.view(-1, columns).to(wide), first)
-        rounded = exact.to(entry.dtype)
-        if not rounded.isfinite().all():
-            raise JobError(f'{entry.file}: tensor "{entry.name}" is not finite after the merge in {entry.dtype}. Is the delta sound?')
-        error = max(error, float((rounded.to(wide) - exact).abs().max()))
-        write(byte_view(rounded))
-    if (more := change.behind(rows)) is not None:
-        write(byte_view(more.to(entry.dtype).contiguous()))
-    return error
+def _read(file: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Finished files, or None: not of what is asked. A line that a kill cut off counts for nothing."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            rows.append(parse_json(line))
+        except ValueError:
+            continue
+    if not rows or rows[0] != {"asked": json.loads(json.dumps(asked))}:
+        return None
+    return {row.pop("file"): row for row in rows[1:] if isinstance(row, dict) and {"file", "sha256", "running", "tensors"} <= row.keys()}
 
 
-def _copy(source: BinaryIO, count: int, write: Callable[[bytes], None]) -> None:
-    while count:
-        data = source.read(min(count, _COPY_BYTES))
-        if not data:
-            raise JobError(f"{source.name}: ends early. Fetch the base again.")
-        write(data)
-        count -= len(data)
-
-
-def _copy_the_rest(base: Path, target: Path) -> None:
-    """Config, tokenizer, generation settings, the index."""
-    for file in sorted(base.iterdir()):
-        old_index = file.name.endswith(".index.json") and file.name != INDEX_NAME
-        if file.is_file() and file.suffix in _TAKEN and not file.name.startswith(".") and not old_index and file.name != CERTIFICATE:
-            shutil.copyfile(file, target / file.name)
+def _only_its_journal_is_left(work: Path, out: Path, asked: dict[str, Any]) -> bool:
+    """Killed between giving the result its name and removing the journal."""
+    return (out / CERTIFICATE).is_file() and not (work / _RESULT).exists() and _read(work / _JOURNAL, asked) is not None

@@ -236,7 +236,7 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         "save": resident + found.between * e + _captured(asked),
         # The prompts' pass, with nothing kept.
         "generate": resident + whole + cache + asked.decoding.batch_tokens * 4 * shape.ffn * e if cache else 0,
-        # File to file, in main memory, a few blocks of a million elements (pipeline/deltas/merge.py).
+        # File to file, in main memory, a few small blocks (pipeline/deltas/pieces.py).
         "merge": 0,
     }
     margin = {name: int(gpu.fragmentation * count) + gpu.context_bytes if count else 0 for name, count in used.items()}

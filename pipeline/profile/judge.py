@@ -57,7 +57,7 @@ def judge(facts: Facts) -> list[str]:
         )
     if facts.peak_bytes > _FULL * facts.capacity_bytes:
         share, part = 100 * facts.largest_part_share, facts.largest_part.replace("_", " ")
-        first = f" Least costly: {facts.advice[0]}." if facts.advice else ""
+        first = f" What helps first: {facts.advice[0]}." if facts.advice else ""
         said.append(f"memory-bound: {100 * facts.peak_bytes / facts.capacity_bytes:.0f} % is full, {share:.0f} % of it {part}.{first}")
     if facts.padding_share >= _PADDED:
         said.append(

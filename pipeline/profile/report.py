@@ -5,6 +5,7 @@ Source of the work: the 4N rule of frozen weights (pipeline/plan/work.py).
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.train.loop import Course, peak_memory_bytes
 
 SCHEMA_VERSION = 1
 _SHOWN_MODULES = 20
+_WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,16 @@ def _facts(
         capacity_bytes=asked.gpu.memory_bytes,
         largest_part=largest,
         largest_part_share=parts[largest] / peak,
-        advice=tuple(f"{change.what} ({change.cost})" for change in changes(asked)),
+        advice=_advice(asked),
         predicted=predicted,
     )
+
+
+def _advice(asked: Setting) -> tuple[str, ...]:
+    """The plan's changes that training needs less memory with, a tenth at least; what scoring needs is not asked for here."""
+    training = replace(asked, decoding=asked.decoding.model_copy(update={"batch_tokens": 1, "max_new_tokens": 1}))
+    enough = (1 - _WORTH) * memory(training).peak
+    # Ranks on a CPU compute where shards in main memory are, and read them from there.
+    own = {"shards in main memory", "shards on disk"} if asked.gpu.shares_memory else set()
+    found = [change for change in changes(training) if change.peak_bytes <= enough and change.what not in own]
+    return tuple(f"{change.what} ({', '.join(f'{key} = {json.dumps(value)}' for key, value in change.keys.items())})" for change in found)

@@ -73,6 +73,9 @@ class Store:
         self.about = _about(folder, names or {})
         self._file = pa.ipc.open_file(pa.memory_map(str(folder / _ARROW)))
         self._batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
+        # Views of the mapped pages: looked at for every example of a step, by every rank.
+        self._tokens, self._spans, self._texts = ([_views(batch[name]) for batch in self._batches] for name in ("tokens", "spans", "texts"))
+        self._targets = [batch["targets"].to_numpy() for batch in self._batches]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._files = [file.file for file in self.about.files]
 
@@ -80,21 +83,23 @@ class Store:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sequence:
-        batch, row = self._at(index)
-        tokens = tuple(_values(batch["tokens"], row).tolist())
-        return Sequence(tokens, _runs(batch["spans"], row), batch["label"][row].as_py(), _runs(batch["texts"], row))
+        number, row = self._at(index)
+        tokens = tuple(self._tokens[number].of(row))
+        label = self._batches[number]["label"][row].as_py()
+        return Sequence(tokens, self._spans[number].runs(row), label, self._texts[number].runs(row))
 
     def tokens(self, index: int) -> int:
-        batch, row = self._at(index)
-        offsets = batch["tokens"].offsets
-        return int(offsets[row + 1].as_py() - offsets[row].as_py())
+        number, row = self._at(index)
+        offsets = self._tokens[number].offsets
+        return int(offsets[row + 1] - offsets[row])
 
     def targets(self, index: int) -> int:
-        batch, row = self._at(index)
-        return int(batch["targets"][row].as_py())
+        number, row = self._at(index)
+        return int(self._targets[number][row])
 
     def source(self, index: int) -> str:
-        batch, row = self._at(index)
+        number, row = self._at(index)
+        batch = self._batches[number]
         return f"{self._files[batch['file'][row].as_py()]}:{batch['line'][row].as_py()}"
 
     @property
@@ -103,26 +108,35 @@ class Store:
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sequence: [examples] int32."""
-        return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()) for batch in self._batches])
+        return np.concatenate([np.diff(tokens.offsets) for tokens in self._tokens])
 
     def labels(self) -> np.ndarray:
         """The label of every sequence, NaN where it has none: [examples] fp64."""
         return np.concatenate([batch["label"].to_numpy(zero_copy_only=False).astype(np.float64) for batch in self._batches])
 
-    def _at(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _at(self, index: int) -> tuple[int, int]:
+        """Batch and row."""
         number = bisect(self._ends, index)
-        return self._batches[number], index - (self._ends[number - 1] if number else 0)
+        return number, index - (self._ends[number - 1] if number else 0)
 
 
-def _values(column: pa.ListArray, row: int) -> np.ndarray:
-    offsets = column.offsets
-    first, end = offsets[row].as_py(), offsets[row + 1].as_py()
-    return column.values.slice(first, end - first).to_numpy()
+@dataclass(frozen=True)
+class _Views:
+    """A column of lists of integers."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    def of(self, row: int) -> list[int]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+
+    def runs(self, row: int) -> tuple[tuple[int, int], ...]:
+        places = self.of(row)
+        return tuple(zip(places[::2], places[1::2], strict=True))
 
 
-def _runs(column: pa.ListArray, row: int) -> tuple[tuple[int, int], ...]:
-    places = _values(column, row).tolist()
-    return tuple(zip(places[::2], places[1::2], strict=True))
+def _views(column: pa.ListArray) -> _Views:
+    return _Views(column.offsets.to_numpy(), column.values.to_numpy())
 
 
 def open_store(source: Source, settings: object, encode: Encode, what: str, progress: Progress) -> Store:

@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise _of(path, error) from None
+        raise of_path(path, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,21 +67,21 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         for file in partial.rglob("*"):
-            _fsync(file)
-        _fsync(partial)
+            fsync(file)
+        fsync(partial)
         if folder.exists():
             retired = _retire(folder)
             partial.replace(folder)
             shutil.rmtree(retired, ignore_errors=True)
         else:
             partial.replace(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _of(folder, error) from None
+        raise of_path(folder, error) from None
 
 
-def _of(path: Path, error: BaseException) -> BaseException:
+def of_path(path: Path, error: BaseException) -> BaseException:
     """A full disk is told by the name a person knows, not by the temporary one."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OSError(error.errno, os.strerror(error.errno), str(path))
@@ -98,7 +98,8 @@ def _retire(folder: Path) -> Path:
     return folder.replace(retired)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Of a file or a folder: what is in it is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

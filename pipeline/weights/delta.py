@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.digest import sha256_of
+from pipeline.weights.index import read_header
+from pipeline.weights.parse import read_json
 from pipeline.weights.tensors import load_tensors, save_tensors
 
 SCHEMA_VERSION = 2
@@ -24,6 +29,9 @@ _READ = (1, 2)
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
+_DAMAGED = "The delta is damaged; save it again."
+_STORED_FOR_TRAINED = 16
+"""Elements at most for each trained one: a fused map's pair has zero rows for the parts that are not trained."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
+_FORM = TypeAdapter(Manifest)
+
+
 def head_key(tensor: str) -> str:
     """PEFT's name of a head's tensor."""
     return f"base_model.model.{tensor}"
@@ -140,25 +151,36 @@ def read_manifest(folder: Path) -> Manifest:
     JobError: not a delta folder, or one whose manifest cannot be read."""
     file = folder / MANIFEST
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields["schema_version"] not in _READ:
-            raise JobError(
-                f"{file}: schema_version {fields['schema_version']}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it."
-            )
-        fields["modules"] = tuple(Module(**module) for module in fields["modules"])
-        fields["replaced"] = tuple(Replaced(one["name"], tuple(one["tensors"])) for one in fields.get("replaced", ()))
-        if added := fields.get("added"):
-            rows = {name: tuple(tensors) for name, tensors in added["rows"].items()}
-            fields["added"] = Added(tuple(added["tokens"]), tuple(added["ids"]), rows)
-        fields |= {key: tuple(fields.get(key, ())) for key in ("methods", "other")}
-        if head := fields.get("head"):
-            lists = {key: tuple(value) for key, value in head.items() if isinstance(value, list)}
-            fields["head"] = Head(**head | lists)
-        return Manifest(**fields)
+        version = read_json(file)["schema_version"]
+        if version not in _READ:
+            raise JobError(f"{file}: schema_version {version}; this zlora reads {SCHEMA_VERSION}. Use the version that wrote it.")
+        manifest = _FORM.validate_json(file.read_bytes(), strict=True)
     except (FileNotFoundError, NotADirectoryError):
         raise JobError(f"{folder}: no {MANIFEST} here, so this is not a delta. Name the delta/ folder of a run.") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise JobError(f"{file}: cannot be read ({key}: {problem['msg']}). {_DAMAGED}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise JobError(f"{file}: cannot be read ({error!r}). The delta is damaged; save it again.") from None
+        raise JobError(f"{file}: cannot be read ({error!r}). {_DAMAGED}") from None
+    if wrong := _unsound(manifest):
+        raise JobError(f"{file}: {wrong}. {_DAMAGED}")
+    return manifest
+
+
+def _unsound(manifest: Manifest) -> str | None:
+    """What no training writes."""
+    names = [*(module.name for module in manifest.modules), *(one.name for one in manifest.replaced), *manifest.other]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        return f'names "{twice}" twice'
+    for module in manifest.modules:
+        if module.rank < 1 or not math.isfinite(module.alpha):
+            return f"{module.name} has rank {module.rank} and alpha {module.alpha}"
+    if added := manifest.added:
+        ascending = all(a < b for a, b in pairwise(added.ids))
+        if not added.ids or len(added.ids) != len(added.tokens) or added.ids[0] < 0 or not ascending:
+            return f"{len(added.tokens)} added tokens do not have as many ascending ids"
+    return None
 
 
 def delta_folder(given: Path) -> Path:
@@ -183,23 +205,41 @@ class StoredDelta:
 
 def read_delta(folder: Path) -> StoredDelta:
     """Raises:
-    JobError: damaged or incomplete files."""
+    JobError: damaged or incomplete files, or tensors that the manifest does not tell the truth of."""
     manifest, file = read_manifest(folder), folder / TENSORS
+    try:
+        elements = sum(entry.numel for entry in read_header(file))
+    except JobError as error:
+        raise JobError(f"{file}: cannot be read ({error}) {_DAMAGED}") from None
+    uncounted = f"{file}: holds {elements:,} elements, and {MANIFEST} says that {manifest.parameters:,} were trained. {_DAMAGED}"
+    # Before anything is loaded: what is too large may be too large for this machine.
+    if elements > _STORED_FOR_TRAINED * manifest.parameters:
+        raise JobError(uncounted)
     try:
         tensors = load_tensors(file)
     except ValueError as error:
-        raise JobError(f"{file}: cannot be read ({error}). The delta is damaged; save it again.") from None
+        raise JobError(f"{file}: cannot be read ({error}). {_DAMAGED}") from None
     if sha256_of(file) != manifest.sha256:
         raise JobError(f"{file}: its sha256 is not the manifest's. The delta is damaged or was changed; save it again.")
 
-    def stored(key: str) -> torch.Tensor:
+    def stored(key: str, *shape: int | None) -> torch.Tensor:
         if key not in tensors:
-            raise JobError(f"{file}: no {key}, though {MANIFEST} names it. The delta is damaged; save it again.")
-        return tensors[key]
+            raise JobError(f"{file}: no {key}, though {MANIFEST} names it. {_DAMAGED}")
+        found = tensors[key]
+        fits = not shape or (found.dim() == len(shape) and all(want in (None, size) for want, size in zip(shape, found.shape, strict=True)))
+        if not fits or not found.is_floating_point():
+            wanted = f", {MANIFEST} says {list(shape)} (None: any)" if shape else ""
+            raise JobError(f"{file}: {key} is {found.dtype} of shape {list(found.shape)}{wanted}. {_DAMAGED}")
+        return found
 
-    pairs = {module.name: (stored(keys_of(module.name)[0]), stored(keys_of(module.name)[1])) for module in manifest.modules}
+    pairs = {
+        module.name: (stored(keys_of(module.name)[0], module.rank, None), stored(keys_of(module.name)[1], None, module.rank))
+        for module in manifest.modules
+    }
     head = {name: stored(head_key(name)) for name in (manifest.head.tensors if manifest.head else ())}
     replaced = {one.name: stored(one.name) for one in manifest.replaced}
     other = {name: stored(name) for name in manifest.other}
-    added = {name: stored(name) for name in (manifest.added.rows if manifest.added else ())}
+    added = {name: stored(name, len(manifest.added.ids), None) for name in manifest.added.rows} if manifest.added else {}
+    if elements < manifest.parameters:
+        raise JobError(uncounted)
     return StoredDelta(manifest, pairs, head, replaced, other, added)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import known_base
+from pipeline.weights.unfinished import refuse_unfinished
 
 Kind = Literal["model", "dataset"]
 Bar = Callable[[int, Callable[[], int]], AbstractContextManager[None]]
@@ -102,6 +103,7 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
 
 def _without_weights(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
     if Path(model).is_dir():
+        refuse_unfinished(Path(model))
         files = [path for path in Path(model).iterdir() if path.is_file()]
         return Fetched(model, Path(model), None, len(files), sum(file.stat().st_size for file in files), 0)
     if Path(model).is_absolute() or model.startswith("."):

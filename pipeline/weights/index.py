@@ -6,7 +6,6 @@ Format: 8 bytes little-endian header length, JSON header, data (https://github.c
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 
 from pipeline.job.errors import JobError
 from pipeline.weights.hub import INDEX_NAME, SINGLE_NAME
+from pipeline.weights.parse import parse_json, plain_name, read_json
+from pipeline.weights.unfinished import refuse_unfinished
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +30,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+HEADER_BYTES = 100_000_000
+"""At most, as the safetensors library has it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads the headers of a folder's safetensors files.
 
     Raises:
-        JobError: no such files, a file that is truncated or corrupt, an index that names what is not there.
+        JobError: no such files, a file that is truncated or corrupt, an index that names what is not there,
+            a folder in the middle of a switch.
     """
+    refuse_unfinished(folder)
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = tuple(folder / name for name in sorted(set(weight_map.values())))
+            weight_map = read_json(index)["weight_map"]
+            names = sorted(set(weight_map.values()))
+            if outside := [name for name in names if not plain_name(name)]:
+                raise ValueError(f"{outside[0]!r} is no file of this folder")
+            files = tuple(folder / name for name in names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JobError(f"{index}: not a valid safetensors index ({error!r}). Fetch the file again.") from None
     elif (folder / SINGLE_NAME).is_file():
@@ -98,15 +107,17 @@ def read_header(file: Path) -> list[Entry]:
     for name, info in header.items():
         if name == "__metadata__":
             continue
-        if isinstance(info, dict) and info.get("dtype") not in DTYPES:
+        if isinstance(info, dict) and str(info.get("dtype")) not in DTYPES:
             raise JobError(
                 f'{file}: tensor "{name}" is stored as {info.get("dtype")}, which is not read here. Known: {", ".join(DTYPES)}. '
                 "Convert the base, or fetch another copy."
             )
         try:
             dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+                raise ValueError("sizes and offsets are whole numbers from 0 on")
             entry = Entry(name, file, DTYPES[dtype], shape, data_start + start, end - start)
-            sound = entry.numel * entry.dtype.itemsize == entry.bytes and start >= 0
+            sound = entry.numel * entry.dtype.itemsize == entry.bytes
         except (KeyError, TypeError, ValueError) as error:
             raise JobError(f'{file}: tensor "{name}" has a header that cannot be read ({error!r}). Fetch the file again.') from None
         if not sound:
@@ -138,10 +149,14 @@ def header_of(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > file.stat().st_size - 8:
                 raise JobError(f"{file}: truncated: only {file.stat().st_size} bytes, its header alone is longer. Fetch the file again.")
-            header = json.loads(stream.read(length))
+            if length > HEADER_BYTES:
+                raise JobError(
+                    f"{file}: its header is said to have {length:,} bytes, and none has more than {HEADER_BYTES:,}. It is corrupt."
+                )
+            header = parse_json(stream.read(length))
     except FileNotFoundError:
         raise JobError(f"{file}: named by the index but not here. Fetch the base again.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValueError:
         raise JobError(f"{file}: not a safetensors file, or corrupt: its header is not JSON. Fetch the file again.") from None
     if not isinstance(header, dict):
         raise JobError(f"{file}: not a safetensors file: its header is not an object. Fetch the file again.")

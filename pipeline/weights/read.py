@@ -6,6 +6,7 @@ Nothing is mapped, so resident memory grows by the destination alone; a change o
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from pipeline.job.errors import JobError
 from pipeline.weights.index import Entry
 
 _CHUNK_ELEMENTS = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 class Reader:
@@ -47,10 +49,7 @@ class Reader:
             out[begin : begin + piece.numel()].copy_(piece)
 
     def _read_bytes(self, entry: Entry, offset: int, out: torch.Tensor) -> None:
-        view = byte_view(out)
-        descriptor = self._files.get(entry.file)
-        if descriptor is None:
-            descriptor = self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
+        view, descriptor = byte_view(out), self._open(entry.file)
         done = 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], entry.start + offset + done)
@@ -58,6 +57,27 @@ class Reader:
                 raise JobError(f'{entry.file}: ends inside tensor "{entry.name}". Fetch the file again.')
             done += count
         self.bytes_read += done
+
+    def read_run(self, file: Path, start: int, count: int, take: Callable[[memoryview], None]) -> None:
+        """Hands on a run of bytes, some at a time.
+
+        Raises:
+            JobError: the file ends before it does.
+        """
+        buffer = memoryview(bytearray(min(count, _CHUNK_BYTES)))
+        descriptor, end = self._open(file), start + count
+        while start < end:
+            done = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
+            if done == 0:
+                raise JobError(f"{file}: ends early, at byte {start:,}. Fetch the file again.")
+            take(buffer[:done])
+            start += done
+            self.bytes_read += done
+
+    def _open(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        return self._files[file]
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -110,7 +110,7 @@ def write_state(folder: Path, state: State, keep: int) -> Path:
         save_tensors(partial / TENSORS, state.tensors)
         write_text(partial / RECORD, state.record.model_dump_json(indent=2) + "\n")
         write_text(partial / SUMS, "".join(_sum(partial / name) for name in (RECORD, TENSORS)))
-    for older in _states(folder)[keep:]:
+    for older in states_of(folder)[keep:]:
         remove_folder(older)
     return path
 
@@ -119,7 +119,7 @@ def read_state(path: Path) -> State:
     """Raises:
     Damaged: anything about it is not as it was written.
     JobError: written by another version."""
-    _verify(path)
+    verify_state(path)
     try:
         record = Record.model_validate_json((path / RECORD).read_bytes())
         if record.schema_version != SCHEMA_VERSION:
@@ -144,7 +144,7 @@ def newest_state(folder: Path, warn: Callable[[str], None]) -> State | None:
         JobError: there are states, and none is whole.
     """
     damage: list[str] = []
-    for path in _states(folder):
+    for path in states_of(folder):
         try:
             state = read_state(path)
         except Damaged as error:
@@ -165,7 +165,7 @@ def tidy(folder: Path, step: int) -> None:
     """Before a run goes on from `step`: removes what a killed process left half-done, and renames later states, which are damaged."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in _states(folder):
+    for path in states_of(folder):
         if int(path.name.removeprefix("step-")) > step:
             aside = path.with_name(f"damaged-{path.name}")
             if aside.exists():
@@ -173,7 +173,7 @@ def tidy(folder: Path, step: int) -> None:
             path.rename(aside)
 
 
-def _states(folder: Path) -> list[Path]:
+def states_of(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), reverse=True)
 
@@ -182,7 +182,7 @@ def _sum(file: Path) -> str:
     return f"{sha256_of(file)}  {file.name}\n"
 
 
-def _verify(path: Path) -> None:
+def verify_state(path: Path) -> None:
     """Compares all bytes of all files: the sums' own file must be exactly what the others' bytes make it."""
     try:
         told = (path / SUMS).read_bytes()

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
+
+from pipeline.job.errors import JobError
+from pipeline.weights.index import Entry, read_header
+from pipeline.weights.read import Reader
 
 
 def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -24,9 +28,19 @@ def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Raises:
-    ValueError: not a whole safetensors file."""
+    ValueError: not a whole safetensors file, or larger than the machine's memory."""
     try:
-        # Not mapped: a mapped file cannot be removed on NFS.
-        return load(file.read_bytes())
-    except (OSError, SafetensorError) as error:
+        entries = read_header(file)
+        if file.stat().st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise ValueError(f"{file.stat().st_size:,} bytes, more than this machine has memory")
+        # Not mapped: a mapped file cannot be removed on NFS. Nor read whole beside its tensors.
+        with Reader() as reader:
+            return {entry.name: _read(entry, reader) for entry in entries}
+    except (OSError, JobError, MemoryError) as error:
         raise ValueError(str(error)) from None
+
+
+def _read(entry: Entry, reader: Reader) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    reader.read(entry, 0, tensor.view(-1))
+    return tensor

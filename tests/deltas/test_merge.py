@@ -51,7 +51,7 @@ def test_layout_and_unadapted_bytes_stay(run, tmp_path):
     base, folder = run
     certificate = merge(base, folder / "delta", tmp_path / "merged")
     assert {p.name for p in base.iterdir()} | {"merge.json"} == {p.name for p in (tmp_path / "merged").iterdir()}
-    changed = set(certificate["largest_rounding_error"])
+    changed = set(certificate["tensors"])
     assert len(changed) == (6 if base.name == "gpt2" else 9)
     for file in base.glob("*.safetensors"):
         with safe_open(file, "pt") as old, safe_open(tmp_path / "merged" / file.name, "pt") as new:
@@ -67,7 +67,7 @@ def test_the_certificate_tells_the_truth(run, tmp_path):
     certificate = json.loads((tmp_path / "merged" / "merge.json").read_text())
     for place, files in ((base, certificate["base"]["files"]), (tmp_path / "merged", certificate["result"]["files"])):
         assert files == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.glob("*.safetensors")}
-    assert certificate["delta"]["sha256"] == hashlib.sha256((folder / "delta" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert certificate["deltas"][0]["sha256"] == hashlib.sha256((folder / "delta" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,7 +80,7 @@ def test_low_precision_is_rounded_once(dtype, run, tmp_path):
     delta = _rebased(folder / "delta", low, tmp_path / "delta")
     certificate = merge(low, delta, tmp_path / "merged")
     tensors = load_file(delta / "adapter_model.safetensors")
-    for module in certificate["delta"]["manifest"]["modules"]:
+    for module in certificate["deltas"][0]["manifest"]["modules"]:
         a, b = (tensors[f"base_model.model.{module['name']}.lora_{part}.weight"].double() for part in "AB")
         update = (b @ a) * (module["alpha"] / module["rank"])
         old, new = (_tensor(place, module["tensor"]) for place in (low, tmp_path / "merged"))
@@ -89,7 +89,7 @@ def test_low_precision_is_rounded_once(dtype, run, tmp_path):
         # One rounding of the exact sum, but for sums so near a tie that fp32 decides it otherwise.
         assert (new == exact.to(dtype)).double().mean() > 0.999
         error = (new.double() - exact).abs().max()
-        assert error == pytest.approx(certificate["largest_rounding_error"][module["tensor"]], rel=1e-2)
+        assert error == pytest.approx(certificate["tensors"][module["tensor"]]["largest_error"], rel=1e-2)
 
 
 def test_another_base_is_refused_by_digest(run, tmp_path):
@@ -141,7 +141,7 @@ def test_memory_stays_below_three_of_the_largest_tensor(tmp_path):
         tensors[f"base_model.model.{module.name}.lora_A.weight"] = torch.randn(8, columns)
         tensors[f"base_model.model.{module.name}.lora_B.weight"] = torch.randn(rows, 8)
     manifest = {"base": "x", "base_digest": base_digest(digests), "base_files": digests, "job_digest": "", "step": 1}
-    write_delta(tmp_path / "delta", tensors, {}, {**manifest, "parameters": 1, "modules": modules})
+    write_delta(tmp_path / "delta", tensors, {}, {**manifest, "parameters": 100_000, "modules": modules})
     script = (
         "import resource, sys; from pathlib import Path; import torch; from pipeline.deltas.merge import merge\n"
         "torch.ones(8) @ torch.ones(8)\n"

@@ -121,7 +121,9 @@ def test_evaluate_prints_one_object_and_writes_predictions(place):
 def test_merge_prints_one_object_and_the_folder_loads(place, gpt2_base):
     done = zlora("merge", gpt2_base, "runs/job/delta", "--out", "merged", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) == {"schema_version", "base", "delta", "result", "largest_rounding_error"}
+    assert set(json.loads(done.stdout)) == {
+        *("schema_version", "base", "deltas", "dtype", "result", "tensors", "converted", "running", "logits")
+    }
     merged, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (place / "merged", gpt2_base))
     assert not torch.equal(merged.transformer.h[0].attn.c_attn.weight, base.transformer.h[0].attn.c_attn.weight)
 
