@@ -27,9 +27,10 @@ from machine import origin
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.weights.delta import Module, keys_of, write_delta
+from pipeline.weights.delta import keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import open_checkpoint
+from pipeline.weights.manifest import Module
 
 RANK, ALPHA = 8, 16.0
 LARGEST_BYTES = 2 * VOCABULARY * WIDTH

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, machine, queue, runs, sweeps, texts, watch
+from pipeline.commands import before, deltas, library, machine, outward, queue, runs, sweeps, texts, watch
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ for command in (
 for folder_command in (deltas.merge, deltas.switch, deltas.unmerge, deltas.verify):
     app.command()(folder_command)
 app.command("import")(deltas.import_)
+app.command()(outward.export)
+app.add_typer(library.deltas)
 app.command()(texts.score)
 app.command()(machine.doctor)
 app.command()(queue.submit)

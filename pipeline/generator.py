@@ -33,10 +33,11 @@ from pipeline.tasks.prompts import Asked
 from pipeline.tasks.specials import Specials, specials_of
 from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.train.engine import Engine, Ranks, one_rank_first
-from pipeline.weights.delta import Manifest, delta_folder, read_delta
+from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
 from pipeline.weights.index import Checkpoint, open_checkpoint
+from pipeline.weights.manifest import Manifest, delta_folder
 
 TooLong = Literal["refuse", "truncate"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.deltas.foreign import Foreign, read_foreign, unfused
+from pipeline.deltas.foreign import read_foreign, unfused
 from pipeline.job.errors import JobError
 from pipeline.methods.dropout import DropoutClock
 from pipeline.methods.head import TaskHead, draw_head
@@ -21,10 +21,12 @@ from pipeline.model.families import Family
 from pipeline.model.linear import BaseLinear
 from pipeline.model.names import find
 from pipeline.weights.atomic import refuse_filled
-from pipeline.weights.delta import Head, Module, head_key, keys_of, write_delta
+from pipeline.weights.delta import head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
-from pipeline.weights.index import open_checkpoint
+from pipeline.weights.index import Checkpoint, open_checkpoint
+from pipeline.weights.manifest import Head, Module, Replaced
+from pipeline.weights.peft import peft_config
 
 SCHEMA_VERSION = 1
 _SHOWN = 5
@@ -69,14 +71,16 @@ def import_delta(
         a_key, b_key = keys_of(module)
         tensors[a_key], tensors[b_key] = a.contiguous(), b.contiguous()
     head = _head(source, foreign.rest, config, family, labels)
-    unknown += [name for name in foreign.rest if head is None or name not in head.tensors]
+    heads = tuple(head.tensors) if head else ()
+    biases, others = _biases({name: tensor for name, tensor in foreign.rest.items() if name not in heads}, model, family, checkpoint)
+    unknown += others
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         raise JobError(
             f"{source}: {', '.join(unknown[:_SHOWN])}{more}: not in a {config.model_type}. Name the base that it was trained on."
         )
-    heads = tuple(head.tensors) if head else ()
     tensors |= {head_key(name): foreign.rest[name].contiguous() for name in heads}
+    tensors |= {one.name: tensor for one, tensor in biases}
     digests = file_digests(checkpoint.files)
     named = str(folder.resolve()) if Path(base).is_dir() else base
     manifest: dict[str, Any] = {
@@ -88,8 +92,11 @@ def import_delta(
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "modules": tuple(modules),
         "head": Head(head.labels, head.architecture, heads) if head else None,
+        "replaced": tuple(one for one, _ in biases),
     }
-    write_delta(out, tensors, _config(foreign, modules, head, named), manifest)
+    own = foreign.config and foreign.config | {"base_model_name_or_path": named, "inference_mode": True}
+    # PEFT calls biases otherwise than we store them, so it does not load such a folder; `zlora export` makes one that it loads.
+    write_delta(out, tensors, None if biases else own or peft_config(modules, named, manifest["head"]), manifest)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": str(source.resolve()),
@@ -98,6 +105,7 @@ def import_delta(
         "base_digest": manifest["base_digest"],
         "modules": len(modules),
         "parameters": manifest["parameters"],
+        "biases": len(biases),
         "head": list(heads),
         "labels": list(head.labels) if head and head.labels else None,
     }
@@ -132,6 +140,23 @@ def _whole(
     return a, b
 
 
+def _biases(
+    rest: dict[str, torch.Tensor], model: PreTrainedModel, family: Family, checkpoint: Checkpoint
+) -> tuple[list[tuple[Replaced, torch.Tensor]], list[str]]:
+    """The base's own that were trained too (`bias = "all"` of PEFT and loralib), and the names of what is none."""
+    parameters = dict(model.named_parameters())
+    biases, others = [], []
+    for name, tensor in rest.items():
+        plain = name.replace(".base_layer.", ".")
+        own = next((one for one in (plain, f"{family.body}.{plain}") if one.endswith(".bias") and one in parameters), None)
+        entry = find(own, family, checkpoint) if own else None
+        if own is None or entry is None or entry.shape != tuple(tensor.shape):
+            others.append(name)
+        else:
+            biases.append((Replaced(own, (entry.name,)), tensor.contiguous()))
+    return biases, others
+
+
 def _head(
     source: Path, rest: dict[str, torch.Tensor], config: PretrainedConfig, family: Family, labels: tuple[str, ...]
 ) -> TaskHead | None:
@@ -155,25 +180,3 @@ def _head(
                 "Name the base that it was trained on."
             )
     return head
-
-
-def _config(foreign: Foreign, modules: list[Module], head: TaskHead | None, base: str) -> dict[str, Any]:
-    """adapter_config.json: PEFT's own, or one for what loralib has no config of."""
-    beside = {"base_model_name_or_path": base, "inference_mode": True}
-    if foreign.config:
-        return foreign.config | beside
-    ranks, alphas = ({module.name: value(module) for module in modules} for value in (lambda m: m.rank, lambda m: m.alpha))
-    first = modules[0]
-    return beside | {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        "modules_to_save": list(head.form.modules) if head else None,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first.rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.alpha},
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": any(module.transposed for module in modules),
-        "bias": "none",
-    }

@@ -16,8 +16,9 @@ from typer.main import get_command
 from pipeline.cli import app, main
 from pipeline.cluster.launch import PROGRAM
 from pipeline.job.read import read_job
-from pipeline.weights.delta import Module, keys_of, write_delta
+from pipeline.weights.delta import keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.manifest import Module
 from tests.jobs import SHORT, write_job
 
 COMMANDS = sorted(get_command(app).commands)
@@ -197,7 +198,7 @@ def make_delta(folder, base, digest=None, scale=1.0, columns=32):
         "base_files": {},
         "job_digest": "",
         "step": 1,
-        "parameters": 0,
+        "parameters": 2 * columns + 192,
         "modules": (Module(name=name, tensor=TENSOR, transposed=True, rank=2, alpha=2.0),),
     }
     write_delta(folder, {a_key: torch.full((2, columns), scale), b_key: torch.ones(96, 2)}, {}, fields)
@@ -224,7 +225,7 @@ def test_merging_is_refused_with_one_line_and_no_half_written_folder(refused, gp
         (tmp_path / "pickled", delta, "out", "pytorch_model.bin: convert it to safetensors"),
         (cut, delta, "out", "model.safetensors: truncated"),
         (tmp_path / "gone", delta, "out", "gone"),
-        (gpt2_base, make_delta(tmp_path / "foreign", gpt2_base, digest="0" * 64), "out", "the delta was trained on 000000000000"),
+        (gpt2_base, make_delta(tmp_path / "foreign", gpt2_base, digest="0" * 64), "out", "was trained on 000000000000"),
         (gpt2_base, make_delta(tmp_path / "wide", gpt2_base, columns=33), "out", f'adapts tensor "{TENSOR}" of shape [33, 96]'),
     ]
     for base, chosen, out, part in cases:
@@ -232,7 +233,7 @@ def test_merging_is_refused_with_one_line_and_no_half_written_folder(refused, gp
 
 
 def test_a_merge_that_fails_in_the_middle_leaves_nothing(refused, gpt2_base, tmp_path):
-    delta = make_delta(tmp_path / "delta", gpt2_base, scale=float("inf"))
+    delta = make_delta(tmp_path / "delta", gpt2_base, scale=3e38)
     error = refused("merge", gpt2_base, delta, "--out", "out")
     assert TENSOR in error
     assert "not finite" in error

@@ -83,9 +83,11 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     commands = get_command(app).commands
     assert set(commands) == {
         *("doctor", "submit", "batch", "check", "fetch", "data", "plan", "methods", "profile", "train", "evaluate", "generate", "score"),
-        *("merge", "switch", "unmerge", "verify", "import", "sweep", "compare", "status", "logs", "cancel"),
+        *("merge", "switch", "unmerge", "verify", "import", "export", "deltas"),
+        *("sweep", "compare", "status", "logs", "cancel"),
     }
-    for name, command in commands.items():
+    below = {f"deltas {name}": command for name, command in commands["deltas"].commands.items()}
+    for name, command in (commands | below).items():
         assert f"`zlora {name} " in index
         for option in command.params:
             for text in option.opts:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,16 +14,30 @@ from pipeline.commands import options
 from pipeline.job.errors import JobError
 
 
-def check(job: options.JobFile, overrides: options.Overrides = None) -> None:
-    """Read and validate a job; print it resolved.
+def check(
+    job: options.JobFile,
+    overrides: options.Overrides = None,
+    tool: Annotated[Literal["vllm"] | None, typer.Option("--check", help="Say instead whether vLLM would load its delta.")] = None,
+) -> None:
+    """Read and validate a job; print it resolved. With --check vllm: what vLLM would refuse of the delta, before it is trained.
 
     Example: zlora check jobs/e2e/local.toml
     """
     from pipeline.job.read import job_toml, read_job, read_members
 
-    print(job_toml(read_job(job, tuple(overrides or ()))), end="")
-    for member, _ in read_members(job, tuple(overrides or ())):
-        print(f"# member {member.name}")
+    asked = read_job(job, tuple(overrides or ()))
+    if tool is None:
+        print(job_toml(asked), end="")
+        for member, _ in read_members(job, tuple(overrides or ())):
+            print(f"# member {member.name}")
+        return
+    from pipeline.plan.vllm import judge, of_job
+    from pipeline.weights.hub import model_type_of
+
+    verdict = judge(of_job(asked, model_type_of(asked.base.model, asked.base.revision)))
+    if verdict.reasons:
+        raise JobError(f"{job}: vLLM would not load its delta. {verdict.refusal}")
+    print("\n".join(verdict.lines))
 
 
 def plan(

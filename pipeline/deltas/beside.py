@@ -11,8 +11,8 @@ from typing import Any
 from pipeline.deltas.layout import Layout
 from pipeline.deltas.mixture import Mixture
 from pipeline.weights.atomic import write_json
-from pipeline.weights.delta import Added, Head
 from pipeline.weights.hub import INDEX_NAME
+from pipeline.weights.manifest import Added, Head
 
 CERTIFICATE = "merge.json"
 CONFIG = "config.json"

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.weights.delta import Module, StoredDelta
+from pipeline.weights.delta import StoredDelta
+from pipeline.weights.manifest import Module
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import CONFIG, TENSORS
+from pipeline.weights.manifest import CONFIG, TENSORS
 from pipeline.weights.parse import read_json
 from pipeline.weights.tensors import load_tensors
 

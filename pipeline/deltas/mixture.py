@@ -15,9 +15,10 @@ import torch
 
 from pipeline.deltas.changes import Change, changes_of
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import MANIFEST, Added, Head, Manifest, StoredDelta, delta_folder, read_delta
+from pipeline.weights.delta import StoredDelta, read_delta
 from pipeline.weights.digest import base_digest, file_digests, sha256_of
 from pipeline.weights.index import Checkpoint, open_checkpoint
+from pipeline.weights.manifest import MANIFEST, Added, Head, Manifest, delta_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,7 +102,7 @@ def mix(base: Path, given: Sequence[tuple[Path, float]], dtype: str | None = Non
         folder = delta_folder(path)
         stored = read_delta(folder)
         _refuse_unfolded(stored.manifest, folder)
-        _refuse_not_finite(stored, folder)
+        refuse_not_finite(stored, folder)
         shares.append(Share(folder, weight, stored))
     _refuse_unaddable(shares)
     checkpoint = open_checkpoint(base)
@@ -126,7 +127,9 @@ def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
     )
 
 
-def _refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
+def refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
+    """Raises:
+    JobError: a tensor that merging folds in has such a value."""
     pairs = {f"{name}.lora_{part}": tensor for name, pair in stored.pairs.items() for part, tensor in zip("AB", pair, strict=True)}
     for name, tensor in (pairs | stored.head | stored.replaced | stored.added).items():
         if not tensor.isfinite().all():

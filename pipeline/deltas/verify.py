@@ -11,8 +11,9 @@ from pipeline.deltas.beside import CERTIFICATE
 from pipeline.deltas.certificate import HEADER, read_certificate
 from pipeline.deltas.parallel import side_by_side
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import MANIFEST, read_delta
+from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, sha256_of
+from pipeline.weights.manifest import MANIFEST
 from pipeline.weights.state import SUMS, Damaged, states_of, verify_state
 from pipeline.weights.unfinished import refuse_unfinished
 

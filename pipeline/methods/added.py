@@ -15,8 +15,8 @@ from pipeline.methods.overlay import Overlay
 from pipeline.model.head import Head
 from pipeline.model.load import LoadedBase
 from pipeline.tasks.tokens import NewTokens
-from pipeline.weights.delta import Added
 from pipeline.weights.index import Entry
+from pipeline.weights.manifest import Added
 from pipeline.weights.read import Reader
 
 EMBEDDINGS, HEAD = "added.embeddings", "added.head"

@@ -20,7 +20,7 @@ from pipeline.methods.prefix import attach_prefix
 from pipeline.methods.subset import BaseParameter, train_base
 from pipeline.model.load import LoadedBase
 from pipeline.tasks.tokens import NewTokens, vocabulary_with
-from pipeline.weights.delta import Added
+from pipeline.weights.manifest import Added
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.spec import Base
 from pipeline.methods.attach import Delta
-from pipeline.methods.lora import PeftPair, from_peft, to_peft
+from pipeline.methods.lora import from_peft, to_peft
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import run_of
-from pipeline.weights.delta import Head, Manifest, Module, Replaced, StoredDelta, delta_folder, head_key, keys_of, read_delta, write_delta
+from pipeline.weights.delta import StoredDelta, head_key, keys_of, read_delta, write_delta
 from pipeline.weights.digest import base_digest
+from pipeline.weights.manifest import Head, Manifest, Module, Replaced, delta_folder
+from pipeline.weights.peft import peft_config
 
 
 def store(
@@ -57,7 +59,7 @@ def store(
         )
         for adapted in delta.adapted
     )
-    manifest = {
+    manifest: dict[str, Any] = {
         "base": base.model,
         "base_digest": base_digest(base_files),
         "base_files": base_files,
@@ -74,8 +76,11 @@ def store(
         "added": delta.added,
         "other": other,
     }
-    only_lora = delta.adapted and not delta.base and not delta.added and not other
-    write_delta(folder, stored, _peft_config(delta, pairs, base.model) if only_lora else None, manifest, beside)
+    config = None
+    if delta.adapted and not delta.base and not delta.added and not other:
+        (lora,) = (method for method in delta.methods if isinstance(method, Lora))
+        config = peft_config(modules, base.model, manifest["head"], lora.dropout)
+    write_delta(folder, stored, config, manifest, beside)
 
 
 def restore(delta: Delta, folder: Path, digest: str) -> Manifest:
@@ -225,29 +230,3 @@ def refuse_other_base(manifest: Manifest, folder: Path, digest: str) -> None:
             f"{folder}: was trained on a base with digest {manifest.base_digest[:12]}... ({manifest.base}), this one has "
             f"{digest[:12]}.... Name the base it was trained on."
         )
-
-
-def _peft_config(delta: Delta, pairs: dict[str, PeftPair], base: str) -> dict[str, Any]:
-    """LoraConfig as PEFT 0.10 and later read it."""
-    ranks = {name: pair.rank for name, pair in pairs.items()}
-    alphas = {name: pair.alpha for name, pair in pairs.items()}
-    first = next(iter(pairs.values()))
-    (method,) = (method for method in delta.methods if isinstance(method, Lora))
-    return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if delta.head else "CAUSAL_LM",
-        "modules_to_save": list(delta.head.form.modules) if delta.head else None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first.rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != first.alpha},
-        "target_modules": sorted(ranks),
-        "lora_dropout": method.dropout,
-        "fan_in_fan_out": any(adapted.linear.transposed for adapted in delta.adapted),
-        "bias": "none",
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }

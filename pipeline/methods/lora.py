@@ -102,11 +102,9 @@ def attach_lora(
         JobError: a target that the model does not have, with those that it has; a rank above that of the map it adapts.
     """
     adapted = []
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, BaseLinear) and name.startswith(f"{family.layers}.")
-    }
+    linears = linears_of(model, family)
     heads = model.config.num_attention_heads
-    for place, (name, runs) in enumerate(_targets(linears, family, method.targets, number, heads).items()):
+    for place, (name, runs) in enumerate(rows_of(linears, family, method.targets, f"methods[{number}].targets", heads).items()):
         linear, branches = linears[name], []
         for target, rows in sorted(runs, key=lambda run: run[1].first):
             rank = method.rank_of(target)
@@ -171,10 +169,25 @@ def from_peft(adapted: AdaptedLinear, a: torch.Tensor, b: torch.Tensor, scale: f
             column += rank
 
 
-def _targets(
-    linears: dict[str, BaseLinear], family: Family, targets: tuple[str, ...], number: int, heads: int
+def linears_of(model: PreTrainedModel, family: Family) -> dict[str, BaseLinear]:
+    """The layers' linear maps, by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, BaseLinear) and name.startswith(f"{family.layers}.")
+    }
+
+
+def rows_of(
+    linears: dict[str, BaseLinear], family: Family, targets: tuple[str, ...], where: str, heads: int
 ) -> dict[str, list[tuple[str, Rows]]]:
-    """Module name -> targets and the rows that they mean, modules in model order."""
+    """Module name -> targets and the rows that they mean, modules in model order.
+
+    Args:
+        linears: of the layers.
+        where: the targets were asked for, for messages.
+
+    Raises:
+        JobError: a target that the model does not have, rows that two targets name.
+    """
     chosen: dict[str, list[tuple[str, Rows]]] = {}
     depth = family.layers.count(".") + 2
     for target in targets:
@@ -185,17 +198,14 @@ def _targets(
         if not names:
             paths = sorted({name.split(".", depth)[-1] for name in linears})
             raise JobError(
-                f'methods[{number}].targets: "{target}" is not a target of this base. It has {", ".join(family.roles)}; '
-                f"or name a module: {', '.join(paths)}."
+                f'{where}: "{target}" is not a target of this base. It has {", ".join(family.roles)}; or name a module: {", ".join(paths)}.'
             )
         for name in names:
             groups = heads if role and role.per_head else 1
             count = linears[name].out_features // groups // (role.parts if role else 1)
             rows = Rows(count * role.part if role else 0, count, groups)
             if any(rows.overlaps(other) for _, other in chosen.get(name, [])):
-                raise JobError(
-                    f'methods[{number}].targets: "{target}" names rows of {name} that another target names too. Keep one of them.'
-                )
+                raise JobError(f'{where}: "{target}" names rows of {name} that another target names too. Keep one of them.')
             chosen.setdefault(name, []).append((target, rows))
     return {name: chosen[name] for name in linears if name in chosen}
 

@@ -20,7 +20,8 @@ from pipeline.model.linear import BaseLinear
 from pipeline.model.load import LoadedBase
 from pipeline.model.zero3 import fill, shape_of
 from pipeline.tasks.tokens import NewTokens
-from pipeline.weights.delta import MANIFEST, Manifest, StoredDelta
+from pipeline.weights.delta import StoredDelta
+from pipeline.weights.manifest import MANIFEST, Manifest
 
 
 def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: torch.device) -> None:

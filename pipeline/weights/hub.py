@@ -77,6 +77,15 @@ def local_config(model: str, revision: str | None) -> Path:
     return known or fetch(model, revision, "model", ("config.json",), ("config.json",)).folder
 
 
+def model_type_of(base: str, revision: str | None) -> str | None:
+    """From its config.json; None where that is not to be had."""
+    try:
+        found = json.loads((local_config(base, revision) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (JobError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetched:
     """The same, and what was fetched.
 
@@ -87,7 +96,7 @@ def fetch_base(model: str, revision: str | None, bar: Bar | None = None) -> Fetc
     if beside.commit is None:
         return beside
     # By its commit: a branch may move between the two.
-    names = _weight_names(beside.folder)
+    names = weight_names(beside.folder)
     weights = fetch(model, beside.commit, "model", names, names, bar)
     if not weights.files:
         raise JobError(_without_safetensors(model, beside.commit))
@@ -170,7 +179,7 @@ def _cached(asked: dict[str, Any], needed: tuple[str, ...]) -> Path | None:
     return folder if all((folder / file).is_file() for file in needed) else None
 
 
-def _weight_names(folder: Path) -> tuple[str, ...]:
+def weight_names(folder: Path) -> tuple[str, ...]:
     index = folder / INDEX_NAME
     if not index.is_file():
         return (SINGLE_NAME,)

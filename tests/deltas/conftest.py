@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from pipeline.methods.added import EMBEDDINGS, HEAD
-from pipeline.weights.delta import Added, Head, Module, Replaced, head_key, keys_of, write_delta
+from pipeline.weights.delta import head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import open_checkpoint
+from pipeline.weights.manifest import Added, Head, Module, Replaced
+from tests.bases import VOCABULARY
+from tests.families import make_encoder_tokenizer
 
 
 def make_delta(
@@ -105,3 +108,17 @@ def copied(llama_base, tmp_path) -> Path:
     """A copy of the base that a test may damage."""
     shutil.copytree(llama_base, tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture(scope="session")
+def roberta_shaped(tmp_path_factory):
+    """Width and layers of RoBERTa base, with a language head as on the hub; vocabulary and MLP, which are not adapted, are small."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, intermediate_size=64, max_position_embeddings=66, type_vocab_size=1, initializer_range=0.1
+    )
+    assert (config.hidden_size, config.num_hidden_layers) == (768, 12)
+    folder = tmp_path_factory.mktemp("roberta")
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    make_encoder_tokenizer(folder, "roberta")
+    return folder

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
+from transformers import AutoModelForCausalLM, RobertaForSequenceClassification
 
 from pipeline.deltas.merge import merge
 from pipeline.importing import import_delta
@@ -22,10 +22,10 @@ from pipeline.methods.attach import attach
 from pipeline.methods.files import restore
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
-from pipeline.weights.delta import read_delta, read_manifest
+from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, file_digests
-from tests.bases import VOCABULARY
-from tests.families import make_encoder_tokenizer, make_family
+from pipeline.weights.manifest import read_manifest
+from tests.families import make_family
 from tests.training import trained
 
 MNLI = ("entailment", "neutral", "contradiction")
@@ -47,20 +47,6 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def published(shared_data):
     return shared_data / "lora_paper_adapter" / "roberta_base_lora_mnli.bin"
-
-
-@pytest.fixture(scope="module")
-def roberta_shaped(tmp_path_factory):
-    """Width and layers of RoBERTa base, with a language head as on the hub; vocabulary and MLP, which are not adapted, are small."""
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=VOCABULARY, intermediate_size=64, max_position_embeddings=66, type_vocab_size=1, initializer_range=0.1
-    )
-    assert (config.hidden_size, config.num_hidden_layers) == (768, 12)
-    folder = tmp_path_factory.mktemp("roberta")
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    make_encoder_tokenizer(folder, "roberta")
-    return folder
 
 
 @pytest.fixture(scope="module")

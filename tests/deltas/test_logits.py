@@ -14,7 +14,7 @@ from pipeline import logits
 from pipeline.deltas.merge import merge
 from pipeline.logits import PROMPTS, compare_logits
 from pipeline.weights.atomic import write_json
-from pipeline.weights.delta import read_manifest
+from pipeline.weights.manifest import read_manifest
 
 
 def peft_config(delta: Path) -> None:

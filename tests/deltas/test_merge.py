@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.deltas.merge import merge
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import Module, write_delta
+from pipeline.weights.delta import write_delta
 from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.manifest import Module
 from tests import bases
 from tests.training import trained, write_job
 

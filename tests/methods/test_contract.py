@@ -33,8 +33,9 @@ from pipeline.tasks.specials import specials_of
 from pipeline.tasks.tokens import Tokens
 from pipeline.train.engine import Engine
 from pipeline.train.step import Stepper
-from pipeline.weights.delta import CONFIG, read_delta
+from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, file_digests
+from pipeline.weights.manifest import CONFIG
 from tests.families import LABELS, TEXTS, UNKNOWN, close, theirs
 from tests.model.test_forward import CPU, SEQUENCES, TIGHT
 

@@ -81,7 +81,7 @@ def logits_of_run(ranks, run: str) -> np.ndarray:
     from pipeline.model.causal import Decode
     from pipeline.screen import Screen
     from pipeline.session import open_session
-    from pipeline.weights.delta import read_manifest
+    from pipeline.weights.manifest import read_manifest
 
     session = open_session(read_job(Path(run) / "job.toml"), ranks, Screen(io.StringIO(), shown=False))
     restore(session.delta, Path(run) / "delta", read_manifest(Path(run) / "delta").base_digest)

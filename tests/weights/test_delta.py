@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.job.errors import JobError
-from pipeline.weights.delta import Module, keys_of, read_delta, write_delta
+from pipeline.weights.delta import keys_of, read_delta, write_delta
 from pipeline.weights.digest import sha256_of
+from pipeline.weights.manifest import Module
 
 NAME = "transformer.h.0.attn.c_attn"
 MODULE = Module(name=NAME, tensor="h.0.attn.c_attn.weight", transposed=True, rank=2, alpha=4.0)

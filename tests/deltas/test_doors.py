@@ -1,0 +1,87 @@
+"""`zlora deltas ...` and `zlora export` on the command line: tables, one JSON object with its keys, one line where it is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli import app, main
+from pipeline.deltas.merge import merge
+
+BELOW = get_command(app).commands["deltas"].commands
+
+
+@pytest.fixture
+def zlora(monkeypatch, capfd):
+    """`zlora("deltas", "list", "runs")` -> exit code, standard output, standard error; in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zlora", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize("name", sorted(BELOW))
+def test_every_command_has_an_example_that_parses(name):
+    example = BELOW[name].help.partition(f"Example: zlora deltas {name} ")[2]
+    assert example
+    BELOW[name].make_context(name, example.split())
+
+
+def test_tables_and_json_say_the_same(zlora, deltas, tmp_path):
+    code, out, error = zlora("deltas", "resize", deltas["mlp"], "--rank", 1, "--out", tmp_path / "one", "--json")
+    assert (code, error) == (0, "")
+    report = json.loads(out)
+    assert set(report) == {"schema_version", "made_by", "from", "asked", "modules", "total"}
+    assert set(report["total"]) == {"norm", "error", "relative_error", "kept_energy"}
+    code, out, error = zlora("deltas", "resize", deltas["mlp"], "--rank", 1, "--out", tmp_path / "two")
+    assert (code, error) == (0, "")
+    assert f"{report['total']['kept_energy']:.4%} of the squared norm is kept" in out
+    assert all(name in out for name in report["modules"])
+    code, out, error = zlora("deltas", "combine", f"{deltas['qv']}:0.7", f"{deltas['mlp']}:-0.3", "--out", tmp_path / "both", "--json")
+    assert (code, error) == (0, "")
+    assert [row["weight"] for row in json.loads(out)["from"]] == [0.7, -0.3]
+
+
+def test_extract_tells_what_it_leaves_out(zlora, deltas, llama_base, tmp_path):
+    merge(llama_base, deltas["norms"], tmp_path / "tuned")
+    asked = ("deltas", "extract", "--base", llama_base, "--finetuned", tmp_path / "tuned", "--rank", 2, "--out")
+    code, out, _ = zlora(*asked, tmp_path / "one")
+    assert code == 0
+    assert "left out: model.norm.weight" in out
+    code, out, _ = zlora(*asked, tmp_path / "two", "--json")
+    assert set(json.loads(out)) == {
+        *("schema_version", "made_by", "from", "asked", "modules", "left_out", "only_in_finetuned", "total"),
+    }
+
+
+def test_export_and_what_vllm_takes(zlora, deltas, llama_base, tmp_path):
+    checked = ("--check", "vllm", "--base", llama_base)
+    code, out, error = zlora("export", deltas["qv"], *checked)
+    assert (code, error) == (0, "")
+    assert out.startswith("vLLM loads it: vllm serve BASE --enable-lora --max-lora-rank 8 ")
+    code, out, _ = zlora(
+        "export", deltas["qv"], "--check", "vllm", "--base", llama_base, "--format", "peft", "--out", tmp_path / "a", "--json"
+    )
+    found = json.loads(out)
+    assert (code, set(found)) == (0, {"schema_version", "vllm", "delta", "format", "out", "files"})
+    assert found["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    code, out, error = zlora(
+        "export", deltas["labels"], "--check", "vllm", "--base", llama_base, "--format", "peft", "--out", tmp_path / "b"
+    )
+    assert (code, out, (tmp_path / "b").exists()) == (2, "", False)
+    assert error.startswith("error: ")
+    assert "modules_to_save" in error
+    for more in ((), ("--format", "peft"), ("--check", "vllm", "--out", tmp_path / "c")):
+        code, out, error = zlora("export", deltas["qv"], *more)
+        assert (code, out, error.count("\n")) == (2, "", 1)
