@@ -10,6 +10,7 @@ from pipeline.job.cluster import Cluster
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.section import Section
 from pipeline.job.spec import Base, Evaluate, Memory, Train
+from pipeline.job.sweep import Sweep
 from pipeline.job.task import E2E, Classification, Conversations, Dart, Glue, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 
 TARGET = Path(__file__).parent / "jobs.md"
@@ -38,6 +39,7 @@ SECTIONS: list[tuple[str, type[Section]]] = [
     ("[evaluate]", Evaluate),
     ("[memory]", Memory),
     ("[cluster]", Cluster),
+    ("[sweep]", Sweep),
 ]
 HEAD = """# Jobs
 
@@ -79,13 +81,15 @@ def kind(schema: dict[str, Any]) -> str:
     schema = next((option for option in schema.get("anyOf", []) if option.get("type") != "null"), schema)
     if "enum" in schema:
         return ", ".join(f'`"{choice}"`' for choice in schema["enum"])
+    if "$ref" in schema:
+        return "value"
     if "discriminator" in schema:
         return "[task]"
     if schema["type"] == "object":
-        return f"table of {kind(schema['additionalProperties'])}s"
+        return f"table of {kind(schema['additionalProperties']).removesuffix('s')}s"
     if schema["type"] == "array":
         item = schema["items"] if "items" in schema else schema["prefixItems"][0]
-        return f"list of {kind(item)}s"
+        return f"list of {kind(item).removesuffix('s')}s"
     return {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[schema["type"]]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from pipeline.commands import before, deltas, library, machine, outward, queue, runs, texts
+from pipeline.commands import before, deltas, library, machine, outward, queue, runs, sweeps, texts, watch
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -39,6 +39,11 @@ app.add_typer(library.deltas)
 app.command()(texts.score)
 app.command()(machine.doctor)
 app.command()(queue.submit)
+app.command()(sweeps.sweep)
+app.command()(sweeps.compare)
+app.command()(watch.status)
+app.command()(watch.logs)
+app.command()(watch.cancel)
 app.command()(queue.batch)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline.cluster.failures import DIVERGED, JOB_ERROR, report_failure
 from pipeline.cluster.launch import die_with_parent, report_start
 from pipeline.cluster.stop import STOPPED, StopRequest
-from pipeline.cluster.watchdog import RANK_FAILED, Watchdog
+from pipeline.cluster.watchdog import ENDED, RANK_FAILED, Watchdog
 from pipeline.job.errors import Diverged, JobError, Stopped, of_system
 from pipeline.run_folder import LOGS, Hold
 from pipeline.screen import Screen, take_terminal
@@ -96,6 +96,8 @@ def as_rank(
         code = int(request.code or 0)
     except Exception as error:
         code = _unforeseen(error, run, rank, watch, fail)
+    if code:
+        watch.at(f"{ENDED}{code}")
     watch.stop()
     for stream in (out, terminal, sys.stdout, sys.stderr):
         stream.flush()

@@ -64,7 +64,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
     progress = good = start.progress
     told: set[str] = set()
     # From here on somebody looks for requests to stop, and there may be something half-written.
-    ranks.stop.can_wait = True
+    ranks.stop.can_wait, ranks.watch.steps = True, course.steps
     with Writer(session, run, course, data.files, stepper, start, best) as writer, screen.training(course.steps, progress.step) as bar:
 
         def score_if_due(step: int) -> None:

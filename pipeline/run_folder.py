@@ -24,6 +24,7 @@ WRITTEN = (
 )
 """What a run writes, logs apart; the first of them first."""
 _RETRY_S = 2.0
+_GLANCE_S = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -42,7 +43,7 @@ class Hold:
         self.shared = True
         """False where the file system knows no locks, so that nothing keeps another process away."""
         deadline, waiting = time.monotonic() + wait_s, False
-        while not self._take(folder):
+        while not self._taken(folder):
             holder = _holder(folder)
             if time.monotonic() > deadline or holder.get("host") == platform.node():
                 raise JobError(f"{folder}: {_told(holder)} Wait for its end, or use --run for another folder.")
@@ -54,6 +55,13 @@ class Hold:
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "slurm_job": job}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+
+    def _taken(self, folder: Path) -> bool:
+        if not self._take(folder):
+            # It may have been somebody who only looked (`held`).
+            time.sleep(_GLANCE_S)
+            return self._take(folder)
+        return True
 
     def _take(self, folder: Path) -> bool:
         # Not inherited by child processes: the lock must not outlive this one.
@@ -77,6 +85,23 @@ class Hold:
     def release(self) -> None:
         """Lets go before the process ends."""
         os.close(self._descriptor)
+
+
+def held(folder: Path) -> bool:
+    """Whether a training works in the folder now, as far as this machine can tell: there are file systems without locks."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _holder(folder: Path) -> dict[str, Any]:

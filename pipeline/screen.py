@@ -17,13 +17,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
+_REDRAWN_EVERY_S = 5.0
 _LINES = 1
 """`_IOLBF`."""
 
@@ -64,14 +66,20 @@ class Screen:
 
     def columns(self, title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Named columns: words on the left, numbers on the right."""
-        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-        rows = list(rows)
-        for place, name in enumerate(names):
-            number = any(row[place][:1].isdigit() and place > 1 for row in rows)
-            table.add_column(Text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*(Text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
-        self._console.print(table)
+        self._console.print(columns(title, names, rows))
+
+    def draw(self, drawn: RenderableType) -> None:
+        self._console.print(drawn)
+
+    def redrawn(self, draw: Callable[[], RenderableType]) -> None:
+        """Draws in one place, again and again until Ctrl-C; where there is no terminal, below one another."""
+        with suppress(KeyboardInterrupt), Live(draw(), console=self._console, auto_refresh=False) as live:
+            while True:
+                time.sleep(_REDRAWN_EVERY_S)
+                if self._console.is_terminal:
+                    live.update(draw(), refresh=True)
+                else:
+                    self._console.print(draw())
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:
         """Iterates with a bar that goes away when done; beside the training's bar where that is there."""
@@ -134,6 +142,19 @@ class Screen:
                 yield self._bars
             finally:
                 self._bars = None
+
+
+def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Named columns: words on the left, numbers on the right."""
+    table = Table(title=Text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.header_style = "dim"
+    rows = list(rows)
+    for place, name in enumerate(names):
+        number = any(row[place][:1].isdigit() and place > 1 for row in rows)
+        table.add_column(Text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(Text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
+    return table
 
 
 class StepBar:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
-import time
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.queue import queued, sbatch
+from pipeline.cluster.queue import queued
 from pipeline.cluster.record import Submitted, events, note
-from pipeline.cluster.sbatch import Made, Training, queue_name, render
+from pipeline.cluster.sbatch import LOG, Task, queue_name
+from pipeline.cluster.scripts import FOLDER, Script, frozen_text, make_script, next_number, program, write_and_submit
+from pipeline.cluster.standing import newest
 from pipeline.job.changes import changes, refuse_changes
-from pipeline.job.cluster import is_secret
 from pipeline.job.errors import JobError
-from pipeline.job.files import shipped
-from pipeline.job.read import job_digest, job_toml, read_resolved, with_settings
+from pipeline.job.read import job_digest, read_resolved, with_settings
 from pipeline.job.settings import settings_file
 from pipeline.job.spec import Job
 from pipeline.planning import make_plan
 from pipeline.run_folder import begun, refuse_foreign
+from pipeline.submitting_after import Then, afterwards
 
 SCHEMA_VERSION = 1
-FOLDER = "slurm"
-"""Of the run: batch scripts, the jobs they train, and their logs."""
 _WARNING = "SIGUSR1"
-_SECRET_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,20 @@ class Asked:
     dry_run: bool = False
     fresh: bool = False
     accept_changes: bool = False
+    then: tuple[Then, ...] = ()
+    """What comes after training, as jobs of their own."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that may be submitted."""
+
+    job: Job
+    """With the user's settings."""
+    tasks: int
+    """Ranks of a node."""
+    plan: dict[str, Any] | None
+    notes: list[str]
 
 
 def submit(job: Job, asked: Asked) -> dict[str, Any]:
@@ -52,8 +60,99 @@ def submit(job: Job, asked: Asked) -> dict[str, Any]:
     Raises:
         JobError: the job does not fit, is another than the run's, or is in the queue already; sbatch refuses it. Nothing is left behind.
     """
+    refuse_in_queue(asked)
+    ready = prepare(job, asked)
+    cluster, run, number = ready.job.cluster, asked.run.absolute(), next_number(asked.run)
+    frozen = run / FOLDER / f"{number}.toml"
+    words = ("train", str(frozen), "--run", str(run), *options_of(asked))
+    task = Task(queue_name(asked.job.stem), str(run), words, Path.cwd(), program())
+    script = make_script(asked.run / FOLDER / f"{number}.sbatch", cluster, task, asked.command, asked.job, job_digest(job))
+    later = with_after({asked.run: ready.job}, asked, task, script)
+    answer = {
+        "schema_version": SCHEMA_VERSION,
+        "job": None,
+        "run": str(asked.run),
+        "script": str(script.file),
+        "text": script.text,
+        "nodes": cluster.nodes,
+        "ranks": cluster.nodes * ready.tasks,
+        "after": asked.after,
+        "plan": ready.plan and {key: ready.plan[key] for key in ("fits", "peak_bytes", "capacity_bytes")},
+        "notes": ready.notes,
+        "then": [{"kind": kind, "job": None, "script": str(each.file), "text": each.text} for kind, each in later.items()],
+    }
+    if asked.dry_run:
+        return answer
+    queue_id = write_and_submit(script, {frozen: frozen_text(ready.job, asked.job)}, dependency("afterok", asked.after))
+
+    def noted(job_id: str, name: str, kind: str) -> None:
+        log = f"{FOLDER}/{LOG.replace('%j', job_id)}"
+        note(asked.run, replace(submitted(job_id, script, f"{FOLDER}/{name}", ready, asked, log), kind=kind))
+
+    noted(queue_id, script.file.name, "train")
+    return {**answer, "job": queue_id, "then": submit_after(later, "afterok", queue_id, noted)}
+
+
+def dependency(kind: str, job: str | None) -> tuple[str, ...]:
+    """Options of sbatch; a job that can never begin does not stay in the queue."""
+    return (f"--dependency={kind}:{job}", "--kill-on-invalid-dep=yes") if job else ()
+
+
+def submitted(job_id: str, script: Script, name: str, ready: Prepared, asked: Asked, log: str) -> Submitted:
+    about = (script.template, script.template_sha256, job_digest(ready.job), ready.job.cluster.nodes, ready.tasks)
+    return Submitted(job_id, name, *about, asked.command, asked.after, log=log)
+
+
+def with_after(runs: dict[Path, Job], asked: Asked, task: Task, script: Script) -> dict[Then, Script]:
+    """The scripts of what comes after training, by what they do.
+
+    Args:
+        runs: folders that it trains in, and their jobs, with the user's settings.
+        task: training's.
+        script: training's.
+
+    Raises:
+        JobError: one of them could only fail, or a sweep's members would need different ones.
+    """
+    found: dict[Then, Script] = {}
+    for kind in dict.fromkeys(asked.then):
+        members = [afterwards(kind, job, run, asked.job) for run, job in runs.items()]
+        words = {after.words(task.run) for after in members}
+        if len(words) > 1:
+            raise JobError(f"{asked.job}: --then {kind}: the members of the sweep differ in what {kind} is told. Leave it out.")
+        own = replace(task, name=f"{task.name}-{kind}", arguments=words.pop())
+        file = script.file.with_name(f"{script.file.stem}-{kind}.sbatch")
+        digest = job_digest(next(iter(runs.values())))
+        found[kind] = make_script(file, members[0].cluster, own, asked.command, asked.job, digest)
+    return found
+
+
+def submit_after(later: dict[Then, Script], how: str, job: str, noted: Callable[[str, str, str], None]) -> list[dict[str, str]]:
+    """Puts what comes after training into the queue behind it.
+
+    Args:
+        how: it depends on the training's job.
+        noted: is told the job's id, the script's name and what it does.
+    """
+    found = []
+    for kind, script in later.items():
+        try:
+            own = write_and_submit(script, {}, dependency(how, job))
+        except JobError as error:
+            raise JobError(f"--then {kind}: {error} The training is in the queue all the same, as job {job}.") from None
+        noted(own, script.file.name, kind)
+        found.append({"kind": kind, "job": own, "script": str(script.file), "text": script.text})
+    return found
+
+
+def prepare(job: Job, asked: Asked) -> Prepared:
+    """The job with the user's settings, planned.
+
+    Raises:
+        JobError: what training would refuse, or stumble over, after the wait in the queue; it does not fit.
+    """
     job = with_settings(job)
-    cluster, tasks = job.cluster, job.cluster.tasks_per_node
+    tasks = job.cluster.tasks_per_node
     if tasks is None:
         raise JobError(
             f"{asked.job}: how many ranks a node has is not said. Give --gpus-per-node N, or cluster.ranks_per_node for CPU ranks, "
@@ -61,58 +160,29 @@ def submit(job: Job, asked: Asked) -> dict[str, Any]:
         )
     if _WARNING not in job.train.stop_signals:
         raise JobError(f"{asked.job}: train.stop_signals: before its time is up the job is asked to save by {_WARNING}. Add it.")
-    _refuse_another(job, asked)
-    plan, notes = _plan(job, asked)
-    folder = asked.run / FOLDER
-    number = _next_number(folder)
-    template = Path(cluster.template) if cluster.template else shipped("slurm") / "train.sbatch"
-    source = _template_text(template)
-    options = (*(["--fresh"] if asked.fresh else []), *(["--accept-changes"] if asked.accept_changes else []))
-    frozen, script = folder.absolute() / f"{number}.toml", folder / f"{number}.sbatch"
-    training = Training(queue_name(asked.job.stem), frozen, asked.run.absolute(), Path.cwd(), _program(), options)
-    made = Made(version("zlora"), asked.command, time.strftime("%Y-%m-%d %H:%M:%S %z"), asked.job.absolute(), job_digest(job))
-    text = render(source, str(template), cluster, training, made)
-    _refuse_secrets(text, asked.job)
-    after = (f"--dependency=afterok:{asked.after}", "--kill-on-invalid-dep=yes") if asked.after else ()
-    answer = {
-        "schema_version": SCHEMA_VERSION,
-        "job": None,
-        "run": str(asked.run),
-        "script": str(script),
-        "text": text,
-        "nodes": cluster.nodes,
-        "ranks": cluster.nodes * tasks,
-        "after": asked.after,
-        "plan": plan and {key: plan[key] for key in ("fits", "peak_bytes", "capacity_bytes")},
-        "notes": notes,
-    }
-    if asked.dry_run:
-        return answer
-    frozen_text = job_toml(_portable(job))
-    _refuse_secrets(frozen_text, asked.job)
-    queue_id = _write_and_submit(script, text, frozen, frozen_text, after)
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    name = f"{FOLDER}/{script.name}"
-    note(asked.run, Submitted(queue_id, name, str(template), digest, made.job_digest, cluster.nodes, tasks, asked.command, asked.after))
-    return {**answer, "job": queue_id}
-
-
-def _refuse_another(job: Job, asked: Asked) -> None:
-    """What training would refuse, or stumble over, after the wait in the queue."""
     refuse_foreign(asked.run)
     if found := next((character for character in "%\\" if character in str(asked.run.absolute())), None):
         raise JobError(f"{asked.run}: Slurm does not take {found} in the folder of a log as it is. Use --run for another folder.")
     if begun(asked.run) and not asked.fresh and (before := read_resolved(asked.run / "job.toml")):
         refuse_changes(changes(before, job), str(asked.run), asked.accept_changes)
-    last = next((event for event in reversed(events(asked.run)) if isinstance(event, Submitted)), None)
+    return Prepared(job, tasks, *_plan(job, asked))
+
+
+def refuse_in_queue(asked: Asked) -> None:
+    """A run has one job at a time."""
+    last = newest(events(asked.run))
     if last is None or asked.dry_run or asked.after == last.job:
         return
     known = queued(last.job)
     if known and not known.over:
         raise JobError(
-            f"{asked.run}: job {last.job} works on it already ({known.state}). Wait for its end, cancel it (scancel {last.job}), "
+            f"{asked.run}: job {last.job} works on it already ({known.state}). Wait for its end, cancel it (zlora cancel {asked.run}), "
             f"come after it (--after {last.job}), or use --run for another folder."
         )
+
+
+def options_of(asked: Asked) -> tuple[str, ...]:
+    return (*(["--fresh"] if asked.fresh else []), *(["--accept-changes"] if asked.accept_changes else []))
 
 
 def _plan(job: Job, asked: Asked) -> tuple[dict[str, Any] | None, list[str]]:
@@ -145,50 +215,3 @@ def _advice(plan: dict[str, Any]) -> str:
     repair = f"Use {', or '.join(means[:3])}." if means else "Use larger GPUs, or see what zlora plan says."
     peak, capacity = plan["peak_bytes"] / gib, plan["capacity_bytes"] / gib
     return f"does not fit on {setting['gpus']} x {setting['gpu']}: {peak:,.1f} of {capacity:,.1f} GiB {where}. {repair}"
-
-
-def _template_text(template: Path) -> str:
-    try:
-        return template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cluster.template: {template}: not readable as text ({error}). Name a file like slurm/train.sbatch.") from None
-
-
-def _program() -> tuple[str, ...]:
-    """This zlora, for nodes that see the same files."""
-    beside = Path(sys.executable).with_name("zlora")
-    return (str(beside),) if os.access(beside, os.X_OK) else (sys.executable, "-m", "pipeline")
-
-
-def _portable(job: Job) -> Job:
-    """A configuration that comes with zlora is named, not located: a container has its own."""
-    config = Path(job.memory.config)
-    if config.parent != shipped("ds_configs").resolve():
-        return job
-    return job.model_copy(update={"memory": job.memory.model_copy(update={"config": config.name})})
-
-
-def _next_number(folder: Path) -> int:
-    return 1 + max((int(file.stem) for file in folder.glob("*.sbatch") if file.stem.isdigit()), default=0)
-
-
-def _refuse_secrets(text: str, job: Path) -> None:
-    for name, value in os.environ.items():
-        if is_secret(name) and len(value) >= _SECRET_CHARACTERS and value in text:
-            raise JobError(f"{job}: the value of {name} is in it, and would be in a file that others may read. Take it out of the job.")
-
-
-def _write_and_submit(script: Path, text: str, frozen: Path, frozen_text: str, options: tuple[str, ...]) -> str:
-    made = [folder for folder in (script.parent, *script.parent.parents) if not folder.exists()]
-    script.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for file, content in ((frozen, frozen_text), (script, text)):
-            with file.open("x", encoding="utf-8") as out:
-                out.write(content)
-        return sbatch(script, text, options)
-    except (JobError, OSError):
-        for file in (frozen, script):
-            file.unlink(missing_ok=True)
-        for folder in made:
-            folder.rmdir()
-        raise

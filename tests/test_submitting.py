@@ -196,7 +196,7 @@ def test_the_command_shows_the_script_without_torch_and_writes_nothing(place):
     assert found["text"].splitlines()[3:] == done.stdout.splitlines()[3:]
     assert lines(found)[1:7] == ["nodes=3", "ntasks-per-node=4", "gpus-per-node=4", "time=1:00:00", "partition=gpu", "account=lab"]
     assert (found["ranks"], found["job"], found["schema_version"]) == (12, None, 1)
-    assert set(found) == {"schema_version", "job", "run", "script", "text", "nodes", "ranks", "after", "plan", "notes"}
+    assert set(found) == {"schema_version", "job", "run", "script", "text", "nodes", "ranks", "after", "plan", "notes", "then"}
     assert sorted(place.rglob("*")) == before
     assert "error: --after x;y: not a Slurm job's id" in call("--after", "x;y").stderr
     shown = call().stdout

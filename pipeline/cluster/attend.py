@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.cluster import queue
 from pipeline.cluster.failures import REPORTS, cause, reported
-from pipeline.cluster.record import Began, Ended, Event, Refused, Then, events, newest_step, note
+from pipeline.cluster.record import Began, Cancelled, Ended, Event, Refused, Then, events, newest_step, note
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
@@ -38,11 +38,14 @@ def attend(run: Path, command: list[str]) -> int:
     Args:
         run: the run folder, where the record is.
     """
-    job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    job, restart = _job(), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if job is None:
         raise JobError("zlora batch: is what a batch script ends with, and this is no Slurm job. Use zlora submit, or zlora train here.")
     if not run.is_dir():
         raise JobError(f"{run}: this node does not see the run folder. Put it on a file system that all nodes share.")
+    if Cancelled(job) in events(run):
+        _say(f"job {job}: was cancelled.")
+        return STOPPED
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     note(run, Began(job, restart, nodes))
     _say(f"job {job}{f', started again ({restart})' if restart else ''}, on {nodes}")
@@ -67,6 +70,13 @@ def attend(run: Path, command: list[str]) -> int:
         note(run, Refused(job, refused))
         _say(f"it is not requeued: {refused}")
     return end.exit_code
+
+
+def _job() -> str | None:
+    """As Slurm's commands take it: of an array's job the array's number and its own in it."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def judged(code: int, warned: bool, told: End | None) -> End:
@@ -102,12 +112,15 @@ def next_of(ended: Ended, before: list[Event], known: queue.Queued | None) -> tu
     kind = RANK_FAILED if late else ended.exit_code
     if known and not late:
         return "left to Slurm", " Slurm ended the job."
+    if Cancelled(ended.job) in before:
+        return "not requeued", " The job was cancelled."
     if kind not in IN_A_ROW:
         return "not requeued", ""
     times = 1
     for event in reversed(before):
-        if isinstance(event, Ended):
-            if (event.job, event.exit_code, event.step) != (ended.job, ended.exit_code, ended.step):
+        # Other jobs, what comes after training, write into the same record.
+        if isinstance(event, Ended) and event.job == ended.job:
+            if (event.exit_code, event.step) != (ended.exit_code, ended.step):
                 break
             times += 1
     if times >= IN_A_ROW[kind]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,51 @@ def queued(job: str) -> Queued | None:
     return Queued(job, state[1], reason[1] if reason else "None") if state and not done.returncode else None
 
 
+@dataclass(frozen=True)
+class Listed(Queued):
+    """A job as squeue has it."""
+
+    nodes: str
+    """As Slurm writes a list of them; empty while it waits."""
+    left: str
+    """Of this allocation's time, as Slurm writes it."""
+
+
+def listed(jobs: Iterable[str]) -> dict[str, Listed]:
+    """Those of these jobs that Slurm still knows, in one call; those that have ended lately are among them.
+
+    Raises:
+        JobError: there is no Slurm here, or it does not answer.
+    """
+    asked = sorted(set(jobs))
+    if not asked:
+        return {}
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(asked)}", "--format=%i|%T|%N|%L|%r"]
+    done = _run(words)
+    if done.returncode and "Invalid job id" in done.stderr:
+        return {}
+    lines = (line.split("|", 4) for line in _said(words, done).splitlines() if line.count("|") >= 4)
+    return {job: Listed(job, state, reason, nodes, left) for job, state, nodes, left, reason in lines}
+
+
+def ask_to_save(job: str) -> None:
+    """Signals the batch script of a running job, as Slurm does before the limit. One that has ended is let be."""
+    _scancel("--batch", "--signal=USR1", job)
+
+
+def cancel(job: str) -> None:
+    """Ends a job, or takes it out of the queue. One that has ended is let be."""
+    _scancel(job)
+
+
+def _scancel(*options: str) -> None:
+    words = ["scancel", *options]
+    done = _run(words)
+    # A job that ended a moment ago is an error too, without a word or by these.
+    if done.stderr.strip() and "already complet" not in done.stderr:
+        _said(words, done)
+
+
 def requeue(job: str) -> str | None:
     """Puts a running job back into the queue. None, or why Slurm does not."""
     try:
@@ -71,7 +117,10 @@ def _environment(script: str) -> dict[str, str]:
 
 
 def _answer(words: list[str], **options: object) -> str:
-    done = _run(words, **options)
+    return _said(words, _run(words, **options))
+
+
+def _said(words: list[str], done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode:
         said = " ".join(line.split("error: ", 1)[-1].strip() for line in done.stderr.strip().splitlines())
         raise JobError(f"{words[0]}: {said or f'exit code {done.returncode}'}. Correct what it names, or ask your site.")

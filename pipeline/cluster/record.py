@@ -30,6 +30,10 @@ class Submitted:
     command: tuple[str, ...]
     """Of the person who submitted."""
     after: str | None = None
+    kind: str = "train"
+    """What it does: train, or a command that comes after: evaluate, merge."""
+    log: str = ""
+    """In the run folder."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,15 @@ class Refused:
     why: str
 
 
-Event = Submitted | Began | Ended | Refused
-_KINDS: dict[str, type[Any]] = {"submitted": Submitted, "began": Began, "ended": Ended, "refused": Refused}
+@dataclass(frozen=True)
+class Cancelled:
+    """Somebody asked for its end: it is not to come back."""
+
+    job: str
+
+
+Event = Submitted | Began | Ended | Refused | Cancelled
+_KINDS: dict[str, type[Any]] = {"submitted": Submitted, "began": Began, "ended": Ended, "refused": Refused, "cancelled": Cancelled}
 
 
 def note(run: Path, event: Event) -> None:

@@ -17,9 +17,35 @@ from pipeline.job.errors import JobError
 
 _PLACE = re.compile(r"\{\{ *(\w+) *\}\}")
 _NEEDED = ("sbatch", "run", "command")
-LOG = "%j.txt"
+LOG, ARRAY_LOG = "%j.txt", "%A_%a.txt"
 """Of the batch script, beside it: named by the Slurm job."""
 CONTAINER_PROGRAM = "zlora"
+
+
+class Raw(str):
+    """Text for the shell as it stands."""
+
+
+MEMBER = Raw('"$ZLORA_MEMBER"')
+"""A sweep's run folder, of the array's task that the script runs in."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """A script for several runs, each in a task of the job's array."""
+
+    runs: dict[int, Path]
+    """The array's numbers -> run folders."""
+    at_once: int | None
+
+    @property
+    def option(self) -> str:
+        return f"{','.join(map(str, self.runs))}{f'%{self.at_once}' if self.at_once else ''}"
+
+    @property
+    def choice(self) -> str:
+        cases = [f"  {number}) ZLORA_MEMBER={_quoted(str(run))} ;;" for number, run in self.runs.items()]
+        return "\n".join(["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"])
 
 
 @dataclass(frozen=True)
@@ -34,23 +60,23 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Training:
+class Task:
     """What a script is to run, and where."""
 
     name: str
     """In the queue."""
-    job: Path
-    """The resolved job, frozen beside the script."""
-    run: Path
+    run: str
+    """The run folder; `MEMBER` where there is an array."""
+    arguments: tuple[str, ...]
+    """Of zlora: train, and what belongs to it."""
     folder: Path
-    """That training runs in."""
+    """That it runs in."""
     program: tuple[str, ...]
     """zlora on the nodes, outside any container."""
-    options: tuple[str, ...] = ()
-    """Further ones of `zlora train`."""
+    array: Array | None = None
 
 
-def render(template: str, where: str, cluster: Cluster, training: Training, made: Made) -> str:
+def render(template: str, where: str, cluster: Cluster, task: Task, made: Made) -> str:
     """The script's text.
 
     Args:
@@ -62,19 +88,20 @@ def render(template: str, where: str, cluster: Cluster, training: Training, made
     """
     values = {
         "made": _comments(made),
-        "sbatch": "\n".join(f"#SBATCH {option}" for option in _options(cluster, training.name)),
-        "environment": "\n".join(f"export {name}={_quoted(value)}" for name, value in _variables(cluster).items()),
+        "sbatch": "\n".join(f"#SBATCH {option}" for option in _options(cluster, task)),
+        "environment": "\n".join(_environment(cluster, task)),
         "setup": "\n".join(cluster.setup),
-        "folder": _quoted(str(training.folder)),
-        "zlora": _words(training.program),
-        "run": _quoted(str(training.run)),
+        "folder": _quoted(str(task.folder)),
+        "zlora": _words(task.program),
+        "run": _quoted(task.run),
         "srun": _words(_step_options(cluster)),
-        "command": _words(_command(cluster, training)),
+        "command": _words(_command(cluster, task)),
     }
     found = set(_PLACE.findall(template))
     if unknown := sorted(found - set(values)):
         raise JobError(f"{where}: {{{{{unknown[0]}}}}} is not a placeholder. Use {', '.join(f'{{{{{name}}}}}' for name in values)}.")
-    if missing := [name for name in _NEEDED if name not in found]:
+    needed = (*_NEEDED, "environment") if task.array else _NEEDED
+    if missing := [name for name in needed if name not in found]:
         raise JobError(f"{where}: {{{{{missing[0]}}}}} is missing. Put it where slurm/train.sbatch has it.")
     lines = (_PLACE.sub(lambda place: values[place[1]], line).rstrip() for line in template.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
@@ -96,11 +123,12 @@ def _comments(made: Made) -> str:
     )
 
 
-def _options(cluster: Cluster, name: str) -> list[str]:
+def _options(cluster: Cluster, task: Task) -> list[str]:
     """Of sbatch. The warning goes to the script alone, which tells the ranks."""
     own_gpus = any(option.startswith(("--gres", "--gpus")) for option in cluster.sbatch)
     options = {
-        "--job-name": name,
+        "--job-name": task.name,
+        "--array": task.array.option if task.array else None,
         "--nodes": cluster.nodes,
         "--ntasks-per-node": cluster.tasks_per_node,
         "--gpus-per-node": None if own_gpus else cluster.gpus_per_node,
@@ -109,11 +137,16 @@ def _options(cluster: Cluster, name: str) -> list[str]:
         "--partition": cluster.partition,
         "--account": cluster.account,
         "--signal": f"B:USR1@{cluster.warn_s}",
-        "--output": LOG,
+        "--output": ARRAY_LOG if task.array else LOG,
         "--open-mode": "append",
         "--export": "ALL",
     }
     return [*(f"{name}={value}" for name, value in options.items() if value is not None), "--requeue", *cluster.sbatch]
+
+
+def _environment(cluster: Cluster, task: Task) -> list[str]:
+    exports = [f"export {name}={_quoted(value)}" for name, value in _variables(cluster).items()]
+    return [*exports, *([task.array.choice] if task.array else [])]
 
 
 def _variables(cluster: Cluster) -> dict[str, str]:
@@ -130,16 +163,16 @@ def _step_options(cluster: Cluster) -> list[str]:
     return options
 
 
-def _command(cluster: Cluster, training: Training) -> list[str]:
-    program = training.program
+def _command(cluster: Cluster, task: Task) -> list[str]:
+    program = task.program
     if cluster.program or cluster.container:
         program = (cluster.program or CONTAINER_PROGRAM,)
-    words = [*program, "train", str(training.job), "--run", str(training.run), *training.options]
+    words = [*program, *task.arguments]
     if not cluster.container or cluster.container_runtime == "pyxis":
         return words
     mounts = [word for mount in cluster.mounts for word in ("--bind", mount)]
     gpus = ["--nv"] if cluster.gpus_per_node else []
-    return [cluster.container_runtime, "exec", *gpus, "--pwd", str(training.folder), *mounts, cluster.container, *words]
+    return [cluster.container_runtime, "exec", *gpus, "--pwd", str(task.folder), *mounts, cluster.container, *words]
 
 
 def _both(mount: str) -> str:
@@ -152,6 +185,8 @@ def _words(words: tuple[str, ...] | list[str]) -> str:
 
 
 def _quoted(text: str) -> str:
+    if isinstance(text, Raw):
+        return str(text)
     if (found := control_character(text)) is not None:
         raise JobError(f"{text!r}: has a character ({found}) that a batch script cannot have. Rename it.")
     return shlex.quote(text)

@@ -20,6 +20,8 @@ from typing import TypeVar
 T = TypeVar("T")
 RANK_FAILED = 76
 """Exit code: a rank, node or collective failed; running again goes on."""
+ENDED = "ended with exit code "
+"""The last phase of a rank that did not end well."""
 _BEAT_S = 10.0
 _LAST_WORDS_S = 10.0
 
@@ -35,6 +37,8 @@ class Place:
     """Being taken, counted from 1; 0 before the first."""
     phase: str
     since: float
+    steps: int = 0
+    """Of the whole run; 0: not known yet."""
 
 
 class Watchdog:
@@ -42,6 +46,8 @@ class Watchdog:
 
     def __init__(self, rank: int = 0) -> None:
         self._rank = rank
+        self.steps = 0
+        """Of the whole run, for those who look at it from outside; 0: not known yet."""
         self._step, self._phase, self._since, self._patient = 0, "starting", time.time(), False
         self._mark = time.monotonic()
         self._ended = threading.Event()
@@ -98,7 +104,7 @@ class Watchdog:
             thread.join(_BEAT_S)
 
     def _place(self) -> Place:
-        return Place(self._rank, platform.node(), os.getpid(), self._step, self._phase, self._since)
+        return Place(self._rank, platform.node(), os.getpid(), self._step, self._phase, self._since, self.steps)
 
     def _tell(self, logs: Path, beat_s: float) -> None:
         written = None

@@ -23,11 +23,13 @@ def check(
 
     Example: zlora check jobs/e2e/local.toml
     """
-    from pipeline.job.read import job_toml, read_job
+    from pipeline.job.read import job_toml, read_job, read_members
 
     asked = read_job(job, tuple(overrides or ()))
     if tool is None:
         print(job_toml(asked), end="")
+        for member, _ in read_members(job, tuple(overrides or ())):
+            print(f"# member {member.name}")
         return
     from pipeline.plan.vllm import judge, of_job
     from pipeline.weights.hub import model_type_of

@@ -6,12 +6,15 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from pipeline.commands import options
 from pipeline.job.errors import JobError
+
+if TYPE_CHECKING:
+    from pipeline.submitting_after import Then
 
 
 def submit(
@@ -25,6 +28,9 @@ def submit(
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Which GPUs: a100-80g, ... (cluster.gpu).")] = None,
     template: Annotated[Path | None, typer.Option(metavar="FILE", help="A batch script of your own (cluster.template).")] = None,
     after: Annotated[str | None, typer.Option(metavar="JOBID", help="Begin when that Slurm job has ended well.")] = None,
+    then: Annotated[
+        str | None, typer.Option("--then", metavar="COMMANDS", help="What comes after training, as jobs of their own: evaluate,merge.")
+    ] = None,
     overrides: options.Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace the run in the run folder instead of going on with it.")] = False,
     accept_changes: Annotated[
@@ -42,6 +48,8 @@ def submit(
     from pipeline.screen import Screen
     from pipeline.submitting import Asked
     from pipeline.submitting import submit as submit_job
+    from pipeline.submitting_sweep import submit_sweep
+    from pipeline.sweeping import runs_of
 
     if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):
         raise JobError(f"--after {after}: not a Slurm job's id. Give its number.")
@@ -55,23 +63,37 @@ def submit(
         "template": template and str(template),
     }
     texts = [f"cluster.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
-    asked = Asked(job, run or Path("runs") / job.stem, ("zlora", *sys.argv[1:]), after, force, dry_run, fresh, accept_changes)
-    found = submit_job(read_job(job, (*(overrides or ()), *texts)), asked)
+    folder, keys = run or Path("runs") / job.stem, (*(overrides or ()), *texts)
+    asked = Asked(job, folder, ("zlora", *sys.argv[1:]), after, force, dry_run, fresh, accept_changes, _commands(then))
+    read = read_job(job, keys)
+    found = submit_sweep(read, runs_of(job, folder, keys), asked) if read.sweep else submit_job(read, asked)
     if as_json:
         print(json.dumps(found))
         return
     for note in found["notes"]:
         print(f"note: {note}", file=sys.stderr)
+    if "text" not in found:
+        print(f"{folder}: nothing to submit")
+        return
     if dry_run:
-        print(found["text"], end="")
+        print("\n".join([found["text"], *(each["text"] for each in found["then"])]), end="")
         return
     rows = [
         ("job", found["job"]),
-        ("ranks", f"{found['ranks']} on {found['nodes']} node{'s'[: found['nodes'] > 1]}"),
+        *[("members", f"{len(found['members'])}: {', '.join(found['members'])}") for _ in (1,) if "members" in found],
+        ("ranks", f"{found['ranks']} on {found['nodes']} node{'s'[: found['nodes'] > 1]}{' each' if 'members' in found else ''}"),
         ("run", found["run"]),
         ("script", found["script"]),
+        *((f"then {each['kind']}", each["job"]) for each in found["then"]),
     ]
     Screen(sys.stdout).table("submitted", rows)
+
+
+def _commands(then: str | None) -> tuple[Then, ...]:
+    words = tuple(word.strip() for word in then.split(",")) if then is not None else ()
+    if unknown := next((word for word in words if word not in ("evaluate", "merge")), None):
+        raise JobError(f"--then {unknown}: is not what can come after training. Use evaluate, merge, or both with a comma.")
+    return cast("tuple[Then, ...]", words)
 
 
 def batch(

@@ -37,6 +37,8 @@ def train(
     from pipeline.run_folder import refuse_foreign, remove_if_empty_handed
 
     asked = read_job(job, tuple(overrides or ()))
+    if asked.sweep:
+        raise JobError(f"{job}: has a [sweep], so it is many runs. Use zlora sweep to train one after another here, or zlora submit.")
     folder = run or Path("runs") / job.stem
     refuse_foreign(folder)
     if not inside_ranks():

@@ -19,7 +19,7 @@ class Verdict(Enum):
 
 _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
-    r"|evaluate\..*|memory\..*|cluster\..*"
+    r"|evaluate\..*|memory\..*|cluster\..*|sweep(\..*)?"
     # Where base and data lie is free: what they hold is compared by digest.
     # Nor does a choice among the valid or test split touch what is trained.
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
@@ -49,7 +49,7 @@ class Change:
 
 def changes(before: Job, now: Job) -> list[Change]:
     """Every key that differs, in the order of the job's sections."""
-    old, new = (_flat("", job.model_dump(mode="json")) for job in (before, now))
+    old, new = (flat("", job.model_dump(mode="json")) for job in (before, now))
     chosen = before.evaluate.best_metric is not None
     return [Change(key, old.get(key), new.get(key), _verdict(key, chosen)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
@@ -96,12 +96,12 @@ def _listed(found: list[Change]) -> str:
     return "; ".join(map(str, found))
 
 
-def _flat(path: str, value: Any) -> dict[str, Any]:
+def flat(path: str, value: Any) -> dict[str, Any]:
     match value:
         case dict():
-            return {k: v for key, item in value.items() for k, v in _flat(f"{path}.{key}" if path else key, item).items()}
+            return {k: v for key, item in value.items() for k, v in flat(f"{path}.{key}" if path else key, item).items()}
         case [{}, *_]:
-            return {k: v for place, item in enumerate(value) for k, v in _flat(f"{path}[{place}]", item).items()}
+            return {k: v for place, item in enumerate(value) for k, v in flat(f"{path}[{place}]", item).items()}
         case _:
             return {path: value}
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_
 
 from pipeline.job.section import Section, Text
 
+WARN_S = 120
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?:(?:(?P<h>\d+):)?(?P<min>\d+):(?P<sec>\d+))|(?P<only>\d+)"
 )
@@ -114,7 +115,7 @@ class Cluster(Section):
     """Cores of a rank. Absent: as many as the cluster gives a task by itself."""
     time: str | None = None
     """Limit of one allocation, `hours:minutes:seconds` or `days-hours`; a longer job goes on in the next. Absent: the partition's."""
-    warn_s: Annotated[int, Field(ge=60, le=65535)] = 120
+    warn_s: Annotated[int, Field(ge=60, le=65535)] = WARN_S
     """So long before the limit the ranks are asked to save and leave. Slurm looks twice a minute."""
     partition: Name | None = None
     """Absent: the cluster's default."""

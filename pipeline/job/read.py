@@ -21,11 +21,13 @@ from pipeline.job.cluster import Cluster
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO, memory_config
 from pipeline.job.method import Method, trains_matrices
+from pipeline.job.overrides import make_room, put, read_override
 from pipeline.job.section import Section
 from pipeline.job.settings import CLUSTER, read_settings, settings_file
 from pipeline.job.spec import Base, Evaluate, Job, Memory, Train
+from pipeline.job.sweep import Member, Sweep, expand
 from pipeline.job.task import Mix, SingleTask, Task
-from pipeline.job.toml import EITHER, laid_over, read_toml
+from pipeline.job.toml import Asked, laid_over, read_toml
 from pipeline.job.zero import deepspeed_config, group_of
 
 if sys.version_info >= (3, 11):
@@ -39,6 +41,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "evaluate": Evaluate,
     "memory": Memory,
     "cluster": Cluster,
+    "sweep": Sweep,
 }
 
 
@@ -65,16 +68,39 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), lenient: bool = False)
     Raises:
         JobError: naming file, key, value and repair.
     """
+    return _read(read_toml(path), path, overrides, lenient)
+
+
+def read_members(path: Path, overrides: tuple[str, ...] = (), lenient: bool = False) -> list[tuple[Member, Job]]:
+    """The members of a job's sweep, each as a job of its own; none where it has no sweep.
+
+    Args:
+        overrides: of all of them; a member's own settings lie over these.
+
+    Raises:
+        JobError: as `read_job`, and naming the member whose setting it is.
+    """
     files = read_toml(path)
+    job = _read(files, path, overrides, lenient)
+    return [(member, _read(files, path, overrides, lenient, member)) for member in (expand(job.sweep) if job.sweep else ())]
+
+
+def _read(files: Asked, path: Path, overrides: tuple[str, ...], lenient: bool, member: Member | None = None) -> Job:
     asked = copy.deepcopy(files.merged)
-    _yield_to(overrides, asked)
-    for text in overrides:
-        _override(asked, text)
+    over = [(*read_override(text), f"--set {text}") for text in overrides]
+    make_room(asked, [key for key, _, _ in over])
+    for key, value, said in over:
+        put(asked, key, value, said)
+    if member:
+        asked.pop("sweep")
+        make_room(asked, list(member.settings))
+        for key, value in member.settings.items():
+            put(asked, key, copy.deepcopy(value), f"{path}: sweep: {key}")
     try:
         job = Job.model_validate(asked)
     except ValidationError as error:
         where = files.origin(_plain_path(error.errors()[0]["loc"], asked))
-        raise JobError(f"{where}: {_explain(error, asked)}") from None
+        raise JobError(f"{where}: {f'sweep ({member.name}): ' if member else ''}{_explain(error, asked)}") from None
     return _resolve(job, path, lenient)
 
 
@@ -116,8 +142,8 @@ def with_settings(job: Job) -> Job:
 
 
 def job_digest(job: Job) -> str:
-    """sha256 of the resolved job in canonical JSON, but for where it runs."""
-    canonical = json.dumps(job.model_dump(mode="json", exclude={"cluster"}), sort_keys=True, separators=(",", ":"))
+    """sha256 of the resolved job in canonical JSON, but for where it runs, and what else is made of it."""
+    canonical = json.dumps(job.model_dump(mode="json", exclude={"cluster", "sweep"}), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -134,40 +160,6 @@ def _without_none(value: Any) -> Any:
             return [_without_none(item) for item in value]
         case _:
             return value
-
-
-def _yield_to(overrides: tuple[str, ...], asked: dict[str, Any]) -> None:
-    """Removes the file's own choice between two keys where `--set` makes the other choice."""
-    for text in overrides:
-        section, _, key = text.partition("=")[0].strip().partition(".")
-        for pair in EITHER:
-            if section in ("train", "cluster") and key in pair and isinstance(keys := asked.get(section), dict):
-                for other in pair - {key}:
-                    keys.pop(other, None)
-
-
-def _override(asked: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise JobError(f'--set {text}: not of the form section.key=value, such as "train.steps=20".')
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    *parents, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
-    place: Any = asked
-    for part in parents:
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise JobError(f"--set {text}: {part} is not one of the {len(place)} entries, counted from 0.")
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-    if isinstance(place, list):
-        raise JobError(f"--set {text}: {'.'.join(parents)} is a list. Name an entry: {'.'.join(parents)}.0.{last}")
-    if not isinstance(place, dict):
-        raise JobError(f"--set {text}: {'.'.join(parents)} is a value and has no keys. Set it itself.")
-    place[last] = value
 
 
 def _explain(error: ValidationError, asked: dict[str, Any]) -> str:

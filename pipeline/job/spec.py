@@ -14,6 +14,7 @@ from pipeline.job.labels import labels_of
 from pipeline.job.method import Method, refuse_together
 from pipeline.job.metrics import Script, unknown_metric, unknown_script
 from pipeline.job.section import Section, Seed, Split, Text
+from pipeline.job.sweep import Sweep
 from pipeline.job.task import Mix, Task
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -163,6 +164,7 @@ class Job(Section):
     evaluate: Evaluate = Evaluate()
     memory: Memory = Memory()
     cluster: Cluster = Cluster()
+    sweep: Sweep | None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Job:

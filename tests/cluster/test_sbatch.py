@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.cluster.sbatch import Made, Training, queue_name, render
+from pipeline.cluster.sbatch import MEMBER, Array, Made, Raw, Task, queue_name, render
 from pipeline.job.cluster import Cluster, time_s
 from pipeline.job.errors import JobError
 from pipeline.job.files import shipped
@@ -18,7 +18,8 @@ from pipeline.job.files import shipped
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATE = shipped("slurm") / "train.sbatch"
 MADE = Made("1.2.3", ("zlora", "submit", "my job.toml"), "2026-01-02 03:04:05 +0000", Path("/home/me/my job.toml"), "0123abcd")
-TRAINING = Training("my_job", Path("/home/me/runs/my/slurm/1.toml"), Path("/home/me/runs/my"), Path("/home/me"), ("/env/bin/zlora",))
+WORDS = ("train", "/home/me/runs/my/slurm/1.toml", "--run", "/home/me/runs/my")
+TRAINING = Task("my_job", "/home/me/runs/my", WORDS, Path("/home/me"), ("/env/bin/zlora",))
 SITE = {
     "partition": "gpu",
     "account": "lab-7",
@@ -68,7 +69,7 @@ def test_a_hostile_name_is_a_name(name, tmp_path):
     program.write_text(f"{tell}{tmp_path}/told\n")
     program.chmod(0o755)
     cluster = Cluster(ranks_per_node=1, environment={"NAMED": name}, container=f"/{name}", mounts=(f"/{name}",), program=f"/{name}")
-    training = Training(queue_name(name), home / "1.toml", home / "run", home, (str(program),))
+    training = Task(queue_name(name), str(home / "run"), ("train", str(home / "1.toml"), "--run", str(home / "run")), home, (str(program),))
     made = Made("1", ("zlora", name), "now", home / "job.toml", "0")
     text = render(TEMPLATE.read_text(), "t", cluster, training, made)
     (tmp_path / "script").write_text(text)
@@ -94,7 +95,7 @@ def test_what_ends_a_line_is_refused_or_shown(name):
             Cluster(ranks_per_node=1, **key)
     cluster, template = Cluster(ranks_per_node=1), "{{made}}{{sbatch}}{{run}}{{command}}"
     with pytest.raises(JobError, match="Rename it"):
-        render(template, "t", cluster, replace(TRAINING, run=Path(f"/{name}")), MADE)
+        render(template, "t", cluster, replace(TRAINING, run=f"/{name}"), MADE)
     text = render(template, "t", cluster, TRAINING, replace(MADE, command=("zlora", name), job=Path(name)))
     assert [line[0] for line in text.splitlines()[:2]] == ["#", "#"]
     assert all(line.startswith("#SBATCH --") for line in text.splitlines()[2:9])
@@ -151,3 +152,25 @@ def test_a_template_of_ones_own_has_zlora_s_placeholders():
         render("{{sbatch}}{{run}}{{comand}}", "mine", Cluster(ranks_per_node=1), TRAINING, MADE)
     with pytest.raises(JobError, match=r"mine: \{\{command\}\} is missing"):
         render("{{sbatch}}{{run}}", "mine", Cluster(ranks_per_node=1), TRAINING, MADE)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_member_of_an_array_finds_its_own_run_folder(name, tmp_path):
+    (tmp_path / "zlora").write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/told\n')
+    (tmp_path / "zlora").chmod(0o755)
+    array = Array({0: Path("/runs/other"), 7: Path(f"/runs/{name}")}, 2)
+    words = ("train", Raw(f"{MEMBER}/slurm/sweep-1.toml"), "--run", MEMBER)
+    task = Task("study", MEMBER, words, tmp_path, (str(tmp_path / "zlora"),), array)
+    text = render(TEMPLATE.read_text(), "t", Cluster(ranks_per_node=1), task, MADE)
+    assert "#SBATCH --array=0,7%2\n" in text
+    assert "#SBATCH --output=%A_%a.txt\n" in text
+    (tmp_path / "script").write_text(text)
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "HOME": "/nowhere"}
+    done = subprocess.run(["bash", tmp_path / "script"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = (tmp_path / "told").read_text().split("\0")[:-1]
+    assert told[:3] == ["batch", f"/runs/{name}", "--"]
+    assert told[-4:] == ["train", f"/runs/{name}/slurm/sweep-1.toml", "--run", f"/runs/{name}"]
+    assert not list(tmp_path.rglob("pwned"))
+    with pytest.raises(JobError, match=r"\{\{environment\}\} is missing"):
+        render("{{sbatch}} {{run}} {{command}}", "mine", Cluster(ranks_per_node=1), task, MADE)

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,9 @@ from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.submitting import Asked, submit
 from tests.cluster.slurm import Slurm, missing
+from tests.cluster.submitting import ended, instead, log, settings_of, steps_taken, submitted, wait_for
 from tests.training import LORA_DROPOUT, delta_bytes, rows, trained, write_job
 
-ROOT = Path(__file__).parents[2]
-SLOW = Path(__file__).parent / "slow"
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 COURSE = ("train.steps=64", LORA_DROPOUT, "train.warmup_steps=3", "train.save_every_steps=10")
 TOKEN = "hf_secretsecretsecretsecret"
 
@@ -35,13 +32,8 @@ def slurm():
     if reason := missing():
         pytest.skip(f"no Slurm here: {reason}")
     with Slurm(8) as cluster, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}.items():
-            patch.setenv(name, value)
-        patch.setenv("XDG_CONFIG_HOME", str(cluster.folder / "config"))
-        if not cluster.isolated:
-            settings = cluster.folder / "config" / "zlora" / "settings.toml"
-            settings.parent.mkdir(parents=True)
-            settings.write_text('[cluster.environment]\nMASTER_ADDR = "127.0.0.1"\n')
+        settings_of(cluster, patch)
+        patch.setenv("HF_TOKEN", TOKEN)
         yield cluster
 
 
@@ -82,39 +74,6 @@ def slow_jobs(slurm, place):
         threading.Thread(target=accidents, daemon=True).start()
     yield found
     over.set()
-
-
-def submitted(place, name, *overrides, nodes="", step_s=0.0, **options):
-    """Submits the job into the run folder of that name. Returns Slurm's id."""
-    pinned = [f'cluster.sbatch=["--nodelist={nodes}"]'] if nodes else []
-    slow = [f'cluster.environment.PYTHONPATH="{SLOW}:{ROOT}"', f'cluster.environment.ZLORA_TEST_STEP_S="{step_s}"'] if step_s else []
-    job = read_job(place / "job.toml", (*pinned, *slow, *overrides))
-    return submit(job, Asked(place / "job.toml", place / name, ("zlora", "submit", "job.toml"), **options))["job"]
-
-
-def ended(slurm, job, patience_s=240):
-    """Waits for the job's end; returns its state."""
-    deadline = time.monotonic() + patience_s
-    while (state := slurm.state(job))["JobState"] not in ENDED:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
-    return state["JobState"]
-
-
-def wait_for(done, what, patience_s=180):
-    deadline = time.monotonic() + patience_s
-    while not done():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
-def steps_taken(run):
-    file = run / "metrics.jsonl"
-    return sum('"grad_norm"' in line for line in file.read_text().splitlines()) if file.exists() else 0
-
-
-def log(run):
-    return "\n".join(file.read_text() for file in sorted((run / "slurm").glob("*.txt")))
 
 
 def sittings(run):
@@ -264,11 +223,3 @@ def test_a_node_that_is_lost_or_late_costs_time_only(slurm, place, uninterrupted
         assert sittings(place / "late")[0] == (76, "requeued")
         assert len(begun(place / "lost")) == len(sittings(place / "lost")) + 1, "the allocation that lost its node has no end"
         assert "goes on" in log(place / "lost")
-
-
-def instead(place, words):
-    """The setting for a batch script that runs something short in the place of the ranks."""
-    file = place / f"{abs(hash(words))}.sbatch"
-    ending = f"exec {{{{zlora}}}} batch {{{{run}}}} -- srun {words} {{{{command}}}}"
-    file.write_text(f"#!/bin/bash\n{{{{sbatch}}}}\n{{{{environment}}}}\n{ending}\n")
-    return f'cluster.template="{file}"'

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.job.changes import Verdict, _flat, _verdict, changes, measured_otherwise, refuse_changes
+from pipeline.job.changes import Verdict, _verdict, changes, flat, measured_otherwise, refuse_changes
 from pipeline.job.cluster import Cluster
 from pipeline.job.errors import JobError
 from pipeline.job.method import Method
@@ -24,6 +24,7 @@ FREE = {
     "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience",
     "memory.config", "memory.nvme_path", "memory.gradient_checkpointing",
     *(f"cluster.{key}" for key in Cluster.model_fields if key != "environment"), "cluster.environment.NAME",
+    "sweep",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
@@ -69,10 +70,10 @@ def test_every_key_has_the_verdict_it_was_given():
         {"kind": "mix", "sources": [{"kind": "jsonl", "data": "d"}]},
     )
     assert len(tasks) == len(get_args(get_args(Task)[0]))
-    keys = {key for task in tasks for key in _flat("", job(task=task).model_dump(mode="json"))}
+    keys = {key for task in tasks for key in flat("", job(task=task).model_dump(mode="json"))}
     kinds = ("full", "full_top", "bitfit", "prefix_embed", "prefix_layer", "adapter")
     assert 1 + len(kinds) == len(get_args(get_args(Method)[0]))
-    keys |= {key for kind in kinds for key in _flat("", job(methods=[{"kind": kind}]).model_dump(mode="json"))}
+    keys |= {key for kind in kinds for key in flat("", job(methods=[{"kind": kind}]).model_dump(mode="json"))}
     assert keys == FREE | DELIBERATE | NEVER
     for verdict, group in ((Verdict.FREE, FREE), (Verdict.DELIBERATE, DELIBERATE), (Verdict.NEVER, NEVER)):
         assert {key for key in keys if _verdict(key) is verdict} == group
