@@ -76,7 +76,10 @@ def limited(controller: str, file: str, value: str) -> Iterator[list[str]]:
 def profiled(job: Path, run: Path, begin: list[str], *overrides: str) -> dict[str, Any]:
     command = [*begin, sys.executable, "-m", "pipeline", "profile", str(job), "--ranks", "2", "--run", str(run), "--json"]
     command += [part for override in overrides for part in ("--set", override)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
 
 
 def gathers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
