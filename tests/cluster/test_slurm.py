@@ -112,6 +112,22 @@ def test_four_nodes_train_as_one_machine_with_four_ranks_does(slurm, place, rank
     assert sittings(place / "four") == [(0, "done")]
 
 
+def test_two_nodes_of_two_ranks_each_train_the_e2e_task_as_one_machine_does(slurm, place, ranks4, shared_data):
+    folder = place / "e2e"
+    folder.mkdir()
+    text = (place / "job.toml").read_text()
+    own = text[text.index("[task]") : text.index("[train]")]
+    job = f'[task]\nkind = "e2e"\ndata = "{shared_data / "e2e"}"\n'
+    scoring = "[evaluate]\nmax_prompts = 8\nmax_new_tokens = 8\n"
+    (folder / "job.toml").write_text(text.replace(own, job) + scoring)
+    course = ("train.steps=4", LORA_DROPOUT)
+    queued = submitted(folder, "two", "cluster.nodes=2", "cluster.ranks_per_node=2", *course, nodes="node[1-2]")
+    trained(ranks4, folder / "job.toml", folder / "here", *course)
+    assert ended(slurm, queued) == "COMPLETED", log(folder / "two")
+    assert rows(folder / "two") == rows(folder / "here"), "to the last bit"
+    assert delta_bytes(folder / "two") == delta_bytes(folder / "here")
+
+
 def test_a_killed_rank_and_a_cancelled_job_lose_nothing(slurm, place, uninterrupted):
     run, settings = place / "killed", ("cluster.ranks_per_node=2", *COURSE)
     job = submitted(place, "killed", *settings, nodes="node3", step_s=0.15)
