@@ -117,7 +117,7 @@ def test_two_nodes_of_two_ranks_each_train_the_e2e_task_as_one_machine_does(slur
     folder.mkdir()
     text = (place / "job.toml").read_text()
     own = text[text.index("[task]") : text.index("[train]")]
-    job = f'[task]\nkind = "e2e"\ndata = "{shared_data / "e2e"}"\n'
+    job = f'[task]\nkind = "e2e"\ndata = "{shared_data / "e2e"}"\ntoo_long = "truncate"\n'
     scoring = "[evaluate]\nmax_prompts = 8\nmax_new_tokens = 8\n"
     (folder / "job.toml").write_text(text.replace(own, job) + scoring)
     course = ("train.steps=4", LORA_DROPOUT)
