@@ -98,7 +98,7 @@ class Session:
 
     @property
     def setting(self) -> Setting:
-        """What the plan knows this session by."""
+        """All that the plan depends on: this job on these ranks."""
         return _setting(self.job, self.zero, self.folder, self.ranks)
 
     @property
