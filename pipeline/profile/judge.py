@@ -16,7 +16,6 @@ _PADDED = 0.1
 class Facts:
     """Of an average step."""
 
-    step_s: float
     shares: dict[str, float]
     """Of a step's time: data, gather, forward, backward, reduce, optimizer, other, save."""
     slowest_over_mean: float
@@ -27,9 +26,6 @@ class Facts:
     """The job's."""
     micro_batches: float
     """Of one rank in a step."""
-    tokens: float
-    """Of the step, over all ranks."""
-    ranks: int
     sharded: bool
     whole_fits: bool
     """The plan says that the base fits whole on every rank."""

@@ -69,7 +69,7 @@ def report_of(
     held = _memory(found, everyone, plan, asked)
     timed_s = sum(shares_s["mean"].values())
     shares = {name: value / timed_s for name, value in shares_s["mean"].items()} | {"save": save_s / step_s}
-    facts = _facts(session, asked, found, everyone, shares, step_s, held, moved)
+    facts = _facts(session, asked, found, everyone, shares, held, moved)
     return {
         "schema_version": SCHEMA_VERSION,
         "job": {
@@ -192,7 +192,6 @@ def _facts(
     found: Measured,
     everyone: list[Rank],
     shares: dict[str, float],
-    step_s: float,
     held: dict[str, Any],
     moved: dict[str, Any],
 ) -> Facts:
@@ -208,15 +207,12 @@ def _facts(
     if moved["predicted_gathered_bytes"]:
         predicted["gathered_bytes"] = (moved["predicted_gathered_bytes"], moved["gathered_bytes"])
     return Facts(
-        step_s=step_s,
         shares=shares,
         slowest_over_mean=max(computing) / mean(computing),
         padding_share=mean(row["padding_share"] for row in found.steps["plain"]),
         invalidations=moved["trace_invalidations"],
         micro_batch_tokens=asked.micro_batch_tokens,
         micro_batches=mean(found.micro_batches),
-        tokens=mean(row["tokens"] for row in found.steps["plain"]),
-        ranks=asked.ranks,
         sharded=is_sharded(session.root),
         whole_fits=memory(whole).peak <= asked.gpu.memory_bytes,
         largest_micro_batch_tokens=largest_micro_batch(asked),

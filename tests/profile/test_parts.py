@@ -147,15 +147,12 @@ def counted_flops(ranks, base: str, folder: str, recomputed: bool) -> tuple[floa
 
 
 FACTS = Facts(
-    step_s=1.0,
     shares={"data": 0.01, "gather": 0.05, "forward": 0.4, "backward": 0.5, "reduce": 0.03, "optimizer": 0.01, "save": 0.0},
     slowest_over_mean=1.0,
     padding_share=0.0,
     invalidations=0,
     micro_batch_tokens=1000,
     micro_batches=4,
-    tokens=8000,
-    ranks=2,
     sharded=True,
     whole_fits=False,
     largest_micro_batch_tokens=6000,
