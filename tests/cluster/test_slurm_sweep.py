@@ -16,8 +16,7 @@ from pipeline.sweeping import runs_of
 from pipeline.watch.cancel import cancel
 from pipeline.watch.logs import logs_of, text_of
 from pipeline.watch.status import find_runs, statuses
-from tests.cluster.slurm import Slurm, missing
-from tests.cluster.submitting import SLOW, ended, instead, log, settings_of, steps_taken, submitted, wait_for
+from tests.cluster.submitting import SLOW, ended, instead, log, steps_taken, submitted, wait_for
 from tests.training import delta_bytes, rows, trained, write_job
 
 MEMBERS = ["rank=1,seed=1", "rank=1,seed=2", "rank=2,seed=1", "rank=2,seed=2"]
@@ -25,15 +24,6 @@ CLUSTER = '[cluster]\nranks_per_node = 1\nenvironment.OMP_NUM_THREADS = "1"\n'
 SWEEP = f'{CLUSTER}[sweep]\nmax_parallel = 2\n[sweep.grid]\n"methods.0.rank" = [1, 2]\n"train.seed" = [1, 2]\n'
 ROUND = """sh -c 'if [ "$SLURM_RESTART_COUNT" ]; then exec "$@"; fi; exit 75' -"""
 """In its first sitting it leaves as one that was preempted; in its second it does what it should."""
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    if reason := missing():
-        pytest.skip(f"no Slurm here: {reason}")
-    with Slurm(2) as cluster, pytest.MonkeyPatch.context() as patch:
-        settings_of(cluster, patch)
-        yield cluster
 
 
 @pytest.fixture(scope="module")

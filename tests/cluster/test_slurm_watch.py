@@ -14,20 +14,10 @@ from pipeline.watch import logs as logs_module
 from pipeline.watch.cancel import cancel
 from pipeline.watch.logs import follow, logs_of
 from pipeline.watch.status import statuses
-from tests.cluster.slurm import Slurm, missing
-from tests.cluster.submitting import ROOT, ended, instead, log, settings_of, steps_taken, submitted, wait_for
+from tests.cluster.submitting import ROOT, ended, instead, log, steps_taken, submitted, wait_for
 from tests.training import write_job
 
 COURSE = ("train.steps=400", "train.save_every_steps=100")
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    if reason := missing():
-        pytest.skip(f"no Slurm here: {reason}")
-    with Slurm(2) as cluster, pytest.MonkeyPatch.context() as patch:
-        settings_of(cluster, patch)
-        yield cluster
 
 
 @pytest.fixture(scope="module")
