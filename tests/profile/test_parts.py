@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.job.read import read_job
+from pipeline.model.gathers import Coordinator, watched_gathers
 from pipeline.plan.work import model_flops
 from pipeline.profile import stopwatch as watches
 from pipeline.profile.judge import Facts, judge
@@ -144,6 +145,14 @@ def counted_flops(ranks, base: str, folder: str, recomputed: bool) -> tuple[floa
     passes = 4 if recomputed else 3
     attention = passes * shape.layers * 2 * 2 * shape.heads * shape.head_width * sum(n * n for n in lengths) / 2
     return (*model_flops(session.setting, lengths, targets), attention, float(counter.get_total_flops()))
+
+
+def test_a_broken_trace_is_counted(monkeypatch):
+    monkeypatch.setattr(Coordinator, "_invalidate_trace", lambda coordinator: "ended")
+    with watched_gathers() as counted:
+        assert Coordinator._invalidate_trace(None) == "ended"
+    Coordinator._invalidate_trace(None)
+    assert counted.invalidations == 1
 
 
 FACTS = Facts(
