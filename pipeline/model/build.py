@@ -16,6 +16,7 @@ from pipeline.model.head import Head
 from pipeline.model.linear import replace_linears
 from pipeline.model.pooler import Pooler
 from pipeline.model.unknown import family_of
+from pipeline.model.vocabulary import Embedding, is_plain
 from pipeline.plan.hardware import computes_bf16, without_kernels
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +52,9 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
             model.set_submodule(path, Pooler(model.get_submodule(path)))
     elif not family.own_logits:
         model.lm_head = Head(model.lm_head, getattr(config, "final_logit_softcapping", None))
+    body = model.get_submodule(family.body)
+    if is_plain(embedding := body.get_input_embeddings()):
+        body.set_input_embeddings(Embedding(embedding))
     replace_linears(model)
     model.requires_grad_(False)
     return model, family

@@ -1,7 +1,8 @@
 """The vocabulary projection and its loss, computed only where there is a label, with no logits kept for the backward pass.
 
-The loss is the graph's end, so its gradient is known in the forward pass but for a factor: it is computed there, in runs of
-rows, and the backward pass only scales it. Under ZeRO-3 that also spares a second gather of the vocabulary matrix.
+Where ranks share the table, each has the logits of its own rows of it, for the labels of all; or it is handed the whole table, where
+that is less to send. The loss is the graph's end, so its gradient is known in the forward pass but for a factor: it is computed there,
+in runs of labels, and the backward pass only scales it. So ZeRO-3 need not gather the table for it either.
 
 Loss per token: (1 - e) (-log p_y) + e mean_v(-log p_v), e the label smoothing, as in the LoRA paper's code.
 Shapes: hidden [M, D], labels [M], weight [V, D].
@@ -15,18 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from pipeline.model.vocabulary import Columns, gathered_counts, whole_table
+from pipeline.model.zero3 import OwnRows, own_rows
+
 
 class HeadLoss(NamedTuple):
     loss: torch.Tensor
-    """Sum of the smoothed loss."""
+    """The smoothed loss: of each label [M], or its sum."""
     nll: torch.Tensor
-    """Sum of the plain loss."""
+    """The plain loss."""
     hidden: torch.Tensor | None
-    """Gradient of the first with respect to the hidden states [M, D], if wanted."""
-    weight: torch.Tensor | None
+    """Gradient of the first's sum with respect to the hidden states [M, D], if wanted."""
+    weight: torch.Tensor | None = None
     """The same for the weight [V, D], fp32, where it is trained."""
-    added: torch.Tensor | None
+    added: torch.Tensor | None = None
     """The same for the rows of added tokens [A, D]."""
+
+    def summed(self) -> HeadLoss:
+        return self._replace(loss=self.loss.sum(), nll=self.nll.sum())
 
 
 Collect = Callable[[torch.Tensor], None]
@@ -49,20 +56,23 @@ class Head(nn.Module):
         """Where the weight is trained: who takes its gradient."""
         self.added: tuple[torch.Tensor, torch.Tensor] | None = None
         """Ids [A], ascending, and trained rows [A, D] of tokens that the base did not know."""
-        self.weight = original.weight
+        self.weight: nn.Parameter = original.weight  # type: ignore[assignment]
         self.bias = original.bias
 
     def forward(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, smoothing: float = 0.0, with_gradient: bool = False
     ) -> torch.Tensor | HeadLoss:
         """Logits [..., V] without labels; with labels [M], the loss of x [M, D] and its gradients, outside any graph."""
-        if labels is None:
-            logits = self._linear(x)
-            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        return self._loss(x, labels, smoothing, with_gradient)
+        rows = own_rows(self.weight)
+        if labels is not None:
+            return self._loss(x, labels, smoothing, with_gradient, rows)
+        logits = self._linear(x, self.weight) if rows is None else self._logits(x, rows)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _linear(self, x: torch.Tensor) -> torch.Tensor:
-        logits = nn.functional.linear(x, self.weight, self.bias)
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._with_added(nn.functional.linear(x, weight, self.bias), x)
+
+    def _with_added(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.added is None:
             return logits
         ids, rows = self.added
@@ -71,38 +81,60 @@ class Head(nn.Module):
             logits = nn.functional.pad(logits, (0, more))
         return logits.index_copy(-1, ids, nn.functional.linear(x, rows.to(x.dtype)))
 
+    def _logits(self, x: torch.Tensor, rows: OwnRows) -> torch.Tensor:
+        """Those of x [B, D], each rank computing those of its rows for all ranks' x."""
+        everyone = gathered_counts(rows, len(x), x.device)
+        own = nn.functional.linear(everyone.of(x), rows.table.to(x.device))
+        own = nn.functional.pad(own, (0, rows.per_rank - own.shape[1]))
+        logits = everyone.returned(own).transpose(0, 1).flatten(1)[:, : rows.vocabulary]
+        return self._with_added(logits, x)
+
     @torch.no_grad()
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, with_gradient: bool) -> HeadLoss:
-        weight, softcap = self.weight, self.softcap
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        nll = torch.zeros_like(loss)
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, with_gradient: bool, rows: OwnRows | None) -> HeadLoss:
+        if rows is None:
+            return self._chunks(hidden, labels, smoothing, with_gradient, Columns(self.weight)).summed()
+        everyone = gathered_counts(rows, len(labels), hidden.device)
+        # Hidden states go to all ranks and their gradients come back, or the table goes once.
+        if self.added is not None or 2 * everyone.total > rows.vocabulary:
+            return self._chunks(hidden, labels, smoothing, with_gradient, Columns(whole_table(rows, hidden.device))).summed()
+        columns = Columns(rows.table.to(hidden.device), rows)
+        found = self._chunks(everyone.of(hidden), everyone.of(labels), smoothing, with_gradient, columns)
+        own, of_hidden = everyone.own, None
+        if found.hidden is not None:
+            of_hidden = everyone.returned(found.hidden).sum(0, dtype=torch.float32).to(hidden.dtype)
+        return HeadLoss(found.loss[own], found.nll[own], of_hidden).summed()
+
+    def _chunks(self, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, with_gradient: bool, columns: Columns) -> HeadLoss:
+        """The loss of each row; with columns of one rank, its share of the gradients."""
+        weight, softcap = columns.weight, self.softcap
+        losses, nlls = [], []
         gradient = torch.empty_like(hidden) if with_gradient else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and self.collect else None
         of_added = torch.zeros_like(self.added[1]) if with_gradient and self.added else None
-        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
-        for first in range(0, len(labels), rows):
-            part, label = hidden[first : first + rows], labels[first : first + rows, None]
-            logits = self._linear(part).float()
-            vocabulary = logits.shape[-1]
+        count = max(1, _CHUNK_LOGITS // columns.most)
+        for first in range(0, len(labels), count):
+            part, label = hidden[first : first + count], labels[first : first + count]
+            logits = self._linear(part, weight).float()
             bent = None
             if softcap is not None:
                 bent = logits.div_(softcap).tanh_()
                 logits = softcap * bent
-            log_p = logits.log_softmax(-1)
+            # A label of another rank's stands nowhere here.
+            mine = (label >= columns.first) & (label < columns.first + logits.shape[1])
+            place = (label - columns.first).clamp(0, max(0, logits.shape[1] - 1))[:, None]
+            slope, log_p, mean_log_p = columns.softmax(logits, place, mine)
             del logits
-            part_nll = -log_p.gather(1, label).sum()
-            nll += part_nll
-            loss += (1.0 - smoothing) * part_nll
-            if smoothing:
-                loss -= smoothing / vocabulary * log_p.sum()
-            if gradient is None:
+            nlls.append(-log_p)
+            losses.append((smoothing - 1.0) * log_p - smoothing * mean_log_p if smoothing else -log_p)
+            if gradient is None or not slope.shape[1]:
                 continue
-            slope = log_p.exp_().sub_(smoothing / vocabulary)
-            slope.scatter_add_(1, label, slope.new_full(label.shape, smoothing - 1.0))
+            if smoothing:
+                slope -= smoothing / columns.vocabulary(slope)
+            slope.scatter_add_(1, place, (mine * (smoothing - 1.0))[:, None].to(slope.dtype))
             if bent is not None:
                 slope *= bent.square_().neg_().add_(1.0)
             slope = slope.to(part.dtype)
-            through = gradient[first : first + rows]
+            through = gradient[first : first + count]
             if self.added is None:
                 torch.mm(slope, weight, out=through)
             else:
@@ -115,7 +147,8 @@ class Head(nn.Module):
                 through += slope @ weight
             if of_weight is not None:
                 of_weight += slope.t() @ part
-        return HeadLoss(loss, nll, gradient, of_weight, of_added)
+        nothing = hidden.new_zeros(0, dtype=torch.float32)
+        return HeadLoss(torch.cat([nothing, *losses]), torch.cat([nothing, *nlls]), gradient, of_weight, of_added)
 
 
 class _Attach(torch.autograd.Function):

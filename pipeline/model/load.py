@@ -19,8 +19,11 @@ from pipeline.job.errors import JobError
 from pipeline.job.zero import zero_stage
 from pipeline.model.build import build
 from pipeline.model.families import Family
+from pipeline.model.head import Head
 from pipeline.model.names import find, match_names
+from pipeline.model.vocabulary import Embedding
 from pipeline.model.zero3 import Partitioner, run_of, shape_of, shard_of
+from pipeline.plan.gathering import prefetch_of
 from pipeline.weights.index import Checkpoint, Entry, open_checkpoint
 from pipeline.weights.read import Reader
 
@@ -55,12 +58,14 @@ def load_base(
     zero: dict[str, Any],
     dropout: float = 0.0,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    trains_tables: bool = False,
 ) -> LoadedBase:
     """Builds the model and reads its weights, converted to `dtype` while they are read.
 
     Args:
         zero: the DeepSpeed dict; stage 3 shards the base, stage 0 keeps it whole on every rank.
         progress: wraps the iteration over parameter names, for a progress bar.
+        trains_tables: embedding and head are trained, and so sharded as any other matrix is.
 
     Raises:
         JobError: truncated or corrupt files, missing, unexpected or misshapen tensors, by name.
@@ -72,8 +77,11 @@ def load_base(
     partitioner = Partitioner(zero, dtype) if zero_stage(zero) == 3 else None
     with Reader() as reader:
         places, again = _places(model), _stored_again(model, family, checkpoint, tensors)
+        largest_kept = prefetch_of(zero).persistence
         for name in progress(tensors):
-            parameter = _read(tensors[name], reader, dtype, device, partitioner)
+            entry = tensors[name]
+            by_rows = not trains_tables and entry.numel > largest_kept and all(_uses_rows(module) for module, _ in places[name])
+            parameter = _read(entry, reader, dtype, device, partitioner, by_rows)
             for other in again.get(name, []):
                 _refuse_untied(folder, name, parameter, other, reader)
             for module, key in places[name]:
@@ -87,12 +95,19 @@ def load_base(
     return LoadedBase(model, family, checkpoint, tensors, again, count, bytes_read, time.perf_counter() - start)
 
 
-def _read(entry: Entry, reader: Reader, dtype: torch.dtype, device: torch.device, partitioner: Partitioner | None) -> nn.Parameter:
+def _read(
+    entry: Entry, reader: Reader, dtype: torch.dtype, device: torch.device, partitioner: Partitioner | None, by_rows: bool
+) -> nn.Parameter:
     if partitioner is not None:
-        return partitioner.parameter(entry.shape, lambda first, out: reader.read(entry, first, out))
+        return partitioner.parameter(entry.shape, lambda first, out: reader.read(entry, first, out), by_rows)
     whole = torch.empty(entry.shape, dtype=dtype, device=device)
     reader.read(entry, 0, whole.view(-1))
     return nn.Parameter(whole, requires_grad=False)
+
+
+def _uses_rows(module: nn.Module) -> bool:
+    """Whether it needs no more of its weight than this rank's rows of the vocabulary."""
+    return isinstance(module, Embedding) or (isinstance(module, Head) and module.bias is None)
 
 
 def _places(model: PreTrainedModel) -> dict[str, list[tuple[nn.Module, str]]]:

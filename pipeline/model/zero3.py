@@ -1,7 +1,9 @@
 """The one place that knows partitioned parameters: makes them from shapes alone, fills them, releases them.
 
 A ZeRO-3 parameter of n elements on W ranks is W equal runs of ceil(n / W) elements of the flattened tensor; rank r holds run r
-in `ds_tensor`, the last runs padded with zeros. Written against deepspeed 0.19.8: `_convert_to_deepspeed_param` is private.
+in `ds_tensor`, the last runs padded with zeros. A table of the vocabulary is cut between rows, so that ranks can use their runs as
+they are (pipeline/model/vocabulary.py), and DeepSpeed never gathers it.
+Written against deepspeed 0.19.8: `_convert_to_deepspeed_param` is private.
 
 W is all ranks, or a group of consecutive ones (`zero_hpz_partition_size`), each group with a copy of the base. DeepSpeed's own way
 keeps a second, finer partition over all ranks, for weights that change; these are frozen, so what a group holds never leaves it.
@@ -12,11 +14,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
 from pydantic import ValidationError
 from torch import nn
@@ -49,8 +53,12 @@ class Partitioner:
         self._dtype = dtype
         self._nvme_path = nvme_path_of(config)
 
-    def parameter(self, shape: tuple[int, ...], fill: Fill) -> nn.Parameter:
-        """A frozen partitioned parameter; `fill` is asked for this rank's run only."""
+    def parameter(self, shape: tuple[int, ...], fill: Fill, by_rows: bool = False) -> nn.Parameter:
+        """A frozen partitioned parameter; `fill` is asked for this rank's run only.
+
+        Args:
+            by_rows: of [V, D], each rank has whole rows; whoever uses it knows that (`own_rows`).
+        """
         numel = torch.Size(shape).numel()
         # Any: DeepSpeed hangs its own attributes on parameters and shards.
         parameter: Any = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
@@ -58,8 +66,10 @@ class Partitioner:
         ranks = parameter.ds_zero_partition_world_size
         parameter.ds_shape = torch.Size(shape)
         parameter.ds_numel = numel
+        if by_rows:
+            parameter.row_elements = shape[1]
         first, held = run_of(parameter)
-        run = -(-numel // ranks)
+        run = _run_elements(parameter)
         remote = "cpu" if self._nvme_path else self._init.remote_device
         shard: Any = torch.empty(run, dtype=self._dtype, device=str(getattr(remote, "value", remote)))
         if shard.device != parameter.device and self._init.pin_memory and not self._nvme_path:
@@ -109,12 +119,66 @@ def shard_of(parameter: nn.Parameter) -> torch.Tensor:
 
 def run_of(parameter: nn.Parameter) -> tuple[int, int]:
     """First element and number of elements of the flattened whole tensor that this rank's shard holds, padding not counted."""
-    numel = numel_of(parameter)
-    ranks: int = getattr(parameter, "ds_zero_partition_world_size", 1)
+    numel, run = numel_of(parameter), _run_elements(parameter)
     rank: int = getattr(parameter, "ds_zero_partition_rank", 0)
-    run = -(-numel // ranks)
     first = min(run * rank, numel)
     return first, min(run, numel - first)
+
+
+def _run_elements(parameter: nn.Parameter) -> int:
+    ranks: int = getattr(parameter, "ds_zero_partition_world_size", 1)
+    row: int = getattr(parameter, "row_elements", 1)
+    return -(-numel_of(parameter) // row // ranks) * row
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """This rank's rows of a table [V, D] that a group of ranks shares."""
+
+    shard: torch.Tensor
+    """[per_rank * D], the last ones padded; where the shards are."""
+    vocabulary: int
+    width: int
+    per_rank: int
+    ranks: int
+    rank: int
+    """In the group."""
+    group: dist.ProcessGroup | None
+
+    @property
+    def first(self) -> int:
+        return self.rank * self.per_rank
+
+    @property
+    def table(self) -> torch.Tensor:
+        """[R, D], without the padding: R may be 0."""
+        return self.shard.view(-1, self.width)[: max(0, self.vocabulary - self.first)]
+
+
+def own_rows(parameter: nn.Parameter) -> OwnRows | None:
+    """Of a table that is shared by rows and not gathered at the moment."""
+    # Any: see Partitioner.
+    table: Any = parameter
+    width = getattr(table, "row_elements", None)
+    if width is None or table.ds_status is ZeroParamStatus.AVAILABLE:
+        return None
+    ranks, rank = table.ds_zero_partition_world_size, table.ds_zero_partition_rank
+    run = _run_elements(parameter)
+    return OwnRows(table.ds_tensor, table.ds_shape[0], width, run // width, ranks, rank, table.ds_process_group)
+
+
+class _Parameters(ZeROOrderedDict):
+    """DeepSpeed's own dict of a module's parameters gathers what is read from it."""
+
+    __getitem__ = OrderedDict.__getitem__
+
+
+def release_rows(root: nn.Module) -> None:
+    """Takes ZeRO's hooks from modules that use their rows as they are, so that nothing gathers these."""
+    for module in root.modules():
+        if any(hasattr(p, "row_elements") for p in module.parameters(recurse=False)):
+            module._parameters = _Parameters(module, module._parameters.items())
+            module._forward_pre_hooks, module._forward_hooks = _not_zero_s(module._forward_pre_hooks), _not_zero_s(module._forward_hooks)
 
 
 @torch.no_grad()

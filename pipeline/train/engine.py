@@ -24,6 +24,7 @@ from pipeline.cluster.stop import StopRequest
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.job.errors import JobError
 from pipeline.job.zero import for_deepspeed, zero_stage
+from pipeline.model.zero3 import release_rows
 
 T = TypeVar("T")
 _LONG = timedelta(days=1)
@@ -174,6 +175,7 @@ class Engine:
     def __init__(self, root: nn.Module, zero: dict[str, Any]) -> None:
         self.root = root
         self._offload = deepspeed.initialize(model=root, config=for_deepspeed(zero))[0].optimizer if zero_stage(zero) == 3 else None
+        release_rows(root)
 
     def after_backward(self) -> None:
         """Releases blocks whose post-backward hook never fired: their input needs no gradient."""
