@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pipeline.job.method import trains_tables
 from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import attach
@@ -51,7 +52,9 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     anonymous = {"start": anonymous_bytes()}
     loading = Storages()
     with loading:
-        base = load_base(Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout)
+        base = load_base(
+            Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout, trains_tables=trains_tables(job.methods)
+        )
     labels = tuple("abcdefgh"[: case["outputs"]])
     delta = attach(base, job.methods, 1, ranks.device, labels)
     root = Causal(base.model, base.family, delta.head)

@@ -31,12 +31,14 @@ def show_plan(plan: dict[str, Any], screen: Screen, explain: bool) -> None:
     screen.table("at most, by phase", [(name, size_text(count)) for name, count in plan["phases_bytes"].items() if count])
     moved, done, needs = plan["communication"], plan["work"], plan["beside_bytes"]
     tokens = asked["batch_examples"] * asked["example_tokens"]
+    instead = moved["exchanged_bytes_per_step"]
     bound = "computing" if done["compute_s"] >= moved["seconds_per_step"] else "gathering"
     screen.table(
         f"a step of {asked['batch_examples']} examples of {asked['example_tokens']} tokens",
         [
             ("computes", f"{done['flops_per_step'] / 1e12:,.1f} TFLOP, {done['micro_batches_per_rank']} micro-batches a rank"),
             ("gathers", f"{size_text(moved['gathered_bytes_per_step'])} a rank{_from_others(plan)}"),
+            *([("exchanges", f"{size_text(instead)} a rank instead of the vocabulary's tables")] if instead else []),
             *([("sums", f"{size_text(moved['reduced_bytes_per_step'])} of gradients")] if asked["gpus"] > 1 else []),
             ("hidden from", f"{moved['tokens_to_hide']:,} tokens a micro-batch on"),
             ("takes", f"{done['step_s']:.3g} s ({tokens / done['step_s']:,.0f} tokens/s), bound by {bound}"),
@@ -94,6 +96,7 @@ def plan_markdown(asked: Setting, found: Memory, done: Work) -> str:
         step += [
             ("communicates", f"{done.communication_s:.3g} s"),
             ("gathers", f"{size_text(done.gathered_bytes)} a rank"),
+            ("exchanges", f"{size_text(done.exchanged_bytes)} a rank"),
             *([("from other nodes", f"{size_text(done.between_nodes_bytes)} a node")] if done.between_nodes_bytes else []),
             ("hidden from", f"{done.tokens_to_hide:,} tokens a micro-batch on"),
             ("sums", f"{size_text(done.reduced_bytes)} of gradients"),

@@ -129,6 +129,7 @@ def _plan(
         "beside_bytes": asdict(needs),
         "communication": {
             "gathered_bytes_per_step": done.gathered_bytes,
+            "exchanged_bytes_per_step": done.exchanged_bytes,
             "between_nodes_bytes_per_step": done.between_nodes_bytes,
             "reduced_bytes_per_step": done.reduced_bytes,
             "tokens_to_hide": done.tokens_to_hide,

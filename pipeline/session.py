@@ -17,7 +17,7 @@ from pipeline.evaluate.score import EvaluationSet, Scores, score
 from pipeline.job.errors import JobError
 from pipeline.job.files import AUTO
 from pipeline.job.labels import labels_of
-from pipeline.job.method import Full, Lora
+from pipeline.job.method import Lora, trains_tables
 from pipeline.job.metrics import scored_as
 from pipeline.job.section import Split
 from pipeline.job.spec import Job, Train
@@ -204,7 +204,7 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
         zero,
         job.train.dropout,
         lambda names: ranks.watch.over(loading, screen.progress(loading, names)),
-        any(isinstance(method, Full) for method in job.methods),
+        trains_tables(job.methods),
     )
     digests = ThreadPoolExecutor(1).submit(file_digests, base.checkpoint.files) if ranks.first else None
     delta = attach(base, job.methods, job.train.seed, ranks.device, labels, job.train.classifier_dropout, new=tokens.new)

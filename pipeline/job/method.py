@@ -145,6 +145,11 @@ def trains_matrices(methods: tuple[Method, ...]) -> str | None:
     return next((method.kind for method in methods if isinstance(method, Full | FullTop)), None)
 
 
+def trains_tables(methods: tuple[Method, ...]) -> bool:
+    """Whether the token embedding and the head are trained, all rows of them."""
+    return any(isinstance(method, Full) for method in methods)
+
+
 def refuse_together(methods: tuple[Method, ...]) -> None:
     """Raises:
     ValueError: methods that do not make a combination."""

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
+from pipeline.model import vocabulary
+from pipeline.model.zero3 import OwnRows
+
+_EXCHANGES = ("all_gather", "all_to_all")
 _FETCH, _INVALIDATE, _GATHER = "fetch_sub_module", "_invalidate_trace", "_PartitionedParameterCoordinator__all_gather_params"
 
 
@@ -24,11 +29,13 @@ class Gathers:
     """Gathers that had something to bring."""
     elements: int = 0
     """Of the parameters that they made whole."""
+    exchanged_bytes: int = 0
+    """That came from other ranks instead of tables of the vocabulary, or to put the head's together."""
     invalidations: int = 0
     """Times that the modules came in another order than the trace has, so that prefetching ended."""
 
     def __add__(self, other: Gathers) -> Gathers:
-        return Gathers(self.calls + other.calls, self.elements + other.elements, self.invalidations + other.invalidations)
+        return Gathers(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @contextmanager
@@ -39,7 +46,7 @@ def watched_gathers(fetching: Callable[[], AbstractContextManager[Any]] = nullco
         fetching: entered around all that gathers a module's parameters and waits for them.
     """
     originals = {name: getattr(Coordinator, name) for name in (_FETCH, _GATHER, _INVALIDATE)}
-    counted = Gathers()
+    exchanges, counted = {name: getattr(vocabulary, name) for name in _EXCHANGES}, Gathers()
 
     def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
         with fetching():
@@ -55,10 +62,23 @@ def watched_gathers(fetching: Callable[[], AbstractContextManager[Any]] = nullco
         counted.invalidations += 1
         return originals[_INVALIDATE](self)
 
+    def exchanging(name: str) -> Callable[..., None]:
+        def exchange(output: torch.Tensor, part: torch.Tensor, rows: OwnRows, *splits: list[int]) -> None:
+            with fetching():
+                exchanges[name](output, part, rows, *splits)
+            own = splits[0][rows.rank] * output[:1].numel() if splits else output.numel() // rows.ranks
+            counted.exchanged_bytes += (output.numel() - own) * output.element_size()
+
+        return exchange
+
     try:
+        for name in exchanges:
+            setattr(vocabulary, name, exchanging(name))
         for name, method in ((_FETCH, fetch), (_GATHER, gather), (_INVALIDATE, invalidate)):
             setattr(Coordinator, name, method)
         yield counted
     finally:
         for name, method in originals.items():
             setattr(Coordinator, name, method)
+        for name, exchange in exchanges.items():
+            setattr(vocabulary, name, exchange)

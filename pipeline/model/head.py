@@ -126,7 +126,10 @@ class Head(nn.Module):
             del logits
             nlls.append(-log_p)
             losses.append((smoothing - 1.0) * log_p - smoothing * mean_log_p if smoothing else -log_p)
-            if gradient is None or not slope.shape[1]:
+            if gradient is None:
+                continue
+            if not slope.shape[1]:
+                gradient.zero_()
                 continue
             if smoothing:
                 slope -= smoothing / columns.vocabulary(slope)

@@ -30,7 +30,10 @@ class Embedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> [..., D]."""
         rows = own_rows(self.weight)
-        found = nn.functional.embedding(ids, self.weight) if rows is None else _looked_up(rows, ids.flatten()).view(*ids.shape, -1)
+        if rows is None:
+            found = nn.functional.embedding(ids, self.weight)
+        else:
+            found = _looked_up(rows, ids.flatten()).view(*ids.shape, rows.width)
         return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
 

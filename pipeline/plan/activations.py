@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pipeline.plan.adapted import Everywhere
 from pipeline.plan.layers import MicroBatch, Term, collected, held_by
 from pipeline.plan.shapes import Kept, Shape
+from pipeline.plan.tables import Loss
 
 CHUNK_LOGITS = 1 << 25
 """Elements of the logits held at a time, as pipeline/model/head.py has it."""
@@ -50,11 +51,13 @@ def activations(
     dropout: float,
     labels: bool = False,
     sharers: int | None = None,
+    loss: Loss | None = None,
 ) -> Activations:
     """Args:
     dropout: the base's own.
     labels: a task's own head takes the place of the vocabulary projection.
     sharers: ranks that share a matrix of the base. None: it is whole on each.
+    loss: where no rank has the head's table.
     """
     e, hidden = element_bytes, batch.tokens * shape.width * element_bytes
 
@@ -113,18 +116,19 @@ def activations(
         inside = max(inside, now + total(part.forward) + hidden)
         alone = max(alone, (total(part.alone) or max(total(part.forward), total(part.keeps))) + 2 * hidden)
     inside = alone if checkpointing else inside
-    return Activations(kept, 0 if labels else _logits(shape, batch, e, head), inside, worst, common + alone, finish, top.terms)
+    return Activations(kept, 0 if labels else _logits(shape, batch, e, head, loss), inside, worst, common + alone, finish, top.terms)
 
 
-def _logits(shape: Shape, batch: MicroBatch, e: int, head: int) -> int:
-    rows = min(batch.label_tokens, max(1, CHUNK_LOGITS // shape.vocabulary))
+def _logits(shape: Shape, batch: MicroBatch, e: int, head: int, loss: Loss | None) -> int:
+    labels, columns = (loss.labels, loss.columns) if loss else (batch.label_tokens, shape.vocabulary)
+    rows = min(labels, max(1, CHUNK_LOGITS // columns))
     # Two fp32 tensors of a run of rows, three where they are bent; from the second run on, the run before is still there. And the last
     # hidden states.
-    logits = (2 + (rows < batch.label_tokens) + shape.softcapped) * _FP32 * rows * shape.vocabulary
+    logits = (2 + (rows < labels) + shape.softcapped) * _FP32 * rows * columns
     if head:
         # One of them, another in the base's dtype, and a run's share of the weight's gradient.
         logits = max(logits, (4 if e == _FP32 else 4 + e) * rows * shape.vocabulary + head * e)
-    return logits + (batch.label_tokens + batch.tokens) * shape.width * e
+    return logits + (batch.label_tokens + batch.tokens) * shape.width * e + (loss.held * e if loss else 0)
 
 
 def _shared(shape: Shape, hidden: int, e: int) -> int:

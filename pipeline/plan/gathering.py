@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pipeline.plan.adapted import Adapted, Everywhere
 from pipeline.plan.shapes import Part, Shape
+from pipeline.plan.tables import tables_of
 
 Pass = Literal["forward", "recompute", "backward", "release"]
 
@@ -90,7 +91,7 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
         ranks: those that share one copy of the base. 1: it is copied from where it is, tensor by tensor.
         labels: a task's own head takes the place of the vocabulary projection.
     """
-    sizes, visits, stale = _trace(shape, adapted, checkpointing, labels)
+    sizes, visits, stale = _trace(shape, adapted, prefetch, checkpointing, labels)
     small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
     changed = sum(size for p, size in small.items() if p in stale)
     between = sum(small.values()) - changed
@@ -104,10 +105,13 @@ def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, 
     return Gathered(forward, **most, between=between, fetched=follower.fetched, changed=changed)
 
 
-def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
-    """Sizes of all parameters; the visits of modules, in the order of a micro-batch; and the matrices that a step changes."""
+def _trace(
+    shape: Shape, adapted: Everywhere, prefetch: Prefetch, checkpointing: bool, labels: bool
+) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
+    """Sizes of what is gathered; the visits of modules, in the order of a micro-batch; and the matrices that a step changes."""
     sizes: list[int] = []
     stale: set[int] = set()
+    apart = tables_of(shape, adapted, prefetch.persistence)
 
     def take(part: Part, trained: Adapted) -> tuple[int, ...]:
         first = len(sizes)
@@ -116,18 +120,19 @@ def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool)
             stale.add(first)
         return tuple(range(first, len(sizes)))
 
-    embeddings = [take(part, adapted.embeddings) for part in shape.embeddings]
     table = shape.embeddings.index(shape.table)
+    embeddings = [() if apart.embedding and n == table else take(part, adapted.embeddings) for n, part in enumerate(shape.embeddings)]
     layers = [[take(part, trained) for part in shape.layer] for trained in adapted.layers]
     end = [take(part, adapted.end) for part in shape.end]
-    head = embeddings[table] if shape.tied else take(shape.head, adapted.end) if shape.head else ()
+    head = embeddings[table] if shape.tied else take(shape.head, adapted.end) if shape.head and not apart.head else ()
     # The root and the body have no parameters of their own.
-    visits = [_Visit((), "forward", -1)] * 2 + [_Visit(each, "forward", -1) for each in embeddings]
+    visits = [_Visit((), "forward", -1)] * 2
+    visits += [_Visit(each, "forward", -1) for n, each in enumerate(embeddings) if not (apart.embedding and n == table)]
     for number, layer in enumerate(layers):
         keeps = checkpointing or adapted.layers[number].reached or adapted.layers[number].any
         visits += [_Visit(each, "forward", number, keeps=keeps) for each in layer]
     visits += [_Visit(each, "forward", -1) for each in end]
-    if not labels:
+    if not labels and not apart.head:
         # The head stands outside the graph (pipeline/model/head.py), so it is visited once.
         visits.append(_Visit(head, "forward", -1))
     visits += [_Visit((), "backward", -1)] * 2 + [_Visit(each, "backward", -1) for each in reversed(end)]
@@ -157,7 +162,7 @@ def _trace(shape: Shape, adapted: Everywhere, checkpointing: bool, labels: bool)
                 visits.append(_Visit(each, "backward", -1, leaves=behind and (part.inputs > 0 or bool(part.keeps))))
         # Where its output has a gradient, a hook gathers it for a backward pass that does not need it; frozen, checkpointing makes it a
         # leaf that has one (pipeline/model/build.py).
-        if checkpointing or outside.weights or outside.replaces:
+        if not apart.embedding and (checkpointing or outside.weights or outside.replaces):
             visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
     return tuple(sizes), visits, frozenset(stale)
 

@@ -15,7 +15,8 @@ from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.plan.hardware import Gpu
 from pipeline.plan.layers import MicroBatch
-from pipeline.plan.shapes import Shape, shard
+from pipeline.plan.shapes import Shape
+from pipeline.plan.tables import Loss, Tables, loss_of, tables_of
 from pipeline.plan.trained import Trained, counted
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -88,7 +89,24 @@ class Setting:
     @property
     def shard_bytes(self) -> int:
         """Of the base, on one rank."""
-        return (shard(self.shape.sizes, self.sharers) if self.stage == 3 else self.shape.parameters) * self.element_bytes
+        if self.stage != 3:
+            return self.base_bytes
+        return self.tables.shard_elements(self.shape, self.sharers) * self.element_bytes
+
+    @property
+    def tables(self) -> Tables:
+        """Those that no rank has whole."""
+        return tables_of(self.shape, self.adapted, self.prefetch.persistence) if self.stage == 3 else Tables(False, False)
+
+    def loss(self, labels: int) -> Loss | None:
+        """How a micro-batch's loss is computed where no rank has the head's table.
+
+        Args:
+            labels: of one rank.
+        """
+        if self.head_outputs or not self.tables.head:
+            return None
+        return loss_of(self.shape, labels, self.sharers, bool(self.adapted.end.added_tokens))
 
     @property
     def trained(self) -> int:
@@ -196,7 +214,8 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     shape, e, gpu = asked.shape, asked.element_bytes, asked.gpu
     batch = batch or _full(asked)
     sharers = asked.sharers if asked.stage == 3 else None
-    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs), sharers)
+    loss = asked.loss(batch.label_tokens)
+    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs), sharers, loss)
     if asked.head_outputs:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.plan.hardware import ATTAINED
 from pipeline.plan.memory import Memory, Setting
+from pipeline.plan.tables import looked_up
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Work:
     gathered_bytes: int
     """What each rank receives of the base in a step."""
     between_nodes_bytes: int
-    """What each node receives of it from other nodes in a step."""
+    """What each node receives of it, and instead of it, from other nodes in a step."""
+    exchanged_bytes: int
+    """What each rank receives in a step instead of the vocabulary's tables: looked-up rows, others' hidden states, its own's gradients."""
     reduced_bytes: int
     """Of gradients that ranks sum in a step: one all-reduce of what is whole, and for each micro-batch those of trained matrices that are
     sharded."""
@@ -41,14 +44,18 @@ def work(asked: Setting, found: Memory) -> Work:
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
-    fetched = found.gathered.in_step(asked.micro_batches) * asked.element_bytes
+    rows, states, table = _exchanged(asked)
+    fetched = (found.gathered.in_step(asked.micro_batches) + table) * asked.element_bytes
     gathered = fetched * (sharers - 1) // sharers
+    exchanged = (rows + 2 * states) * asked.element_bytes
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
     spanned = 1 if asked.local_ranks % sharers == 0 else max(2, -(-sharers // asked.local_ranks))
     between = fetched * (spanned - 1) // spanned
+    # Hidden states come to a node once for all its ranks.
+    between += (asked.local_ranks * (rows + states) + states) * asked.element_bytes * (spanned - 1) // spanned
     runs = sum(asked.sharded_matrices)
     whole, scattered = (asked.trained - runs + 2) * 4, runs * 4 * asked.micro_batches
-    seconds = gathered / gpu.peers_bytes_s + between / gpu.node_bytes_s
+    seconds = (gathered + exchanged) / gpu.peers_bytes_s + between / gpu.node_bytes_s
     if asked.offload:
         own = fetched // sharers
         seconds += own / gpu.host_bytes_s
@@ -62,8 +69,28 @@ def work(asked: Setting, found: Memory) -> Work:
     hide = seconds / asked.micro_batches * rate / per_token
     flops = tokens * per_token
     return Work(
-        flops, per_token, gathered, between, whole + scattered, compute, seconds + reduce_s, max(compute, seconds) + reduce_s, round(hide)
+        flops,
+        per_token,
+        gathered,
+        between,
+        exchanged,
+        whole + scattered,
+        compute,
+        seconds + reduce_s,
+        max(compute, seconds) + reduce_s,
+        round(hide),
     )
+
+
+def _exchanged(asked: Setting) -> tuple[int, int, int]:
+    """Elements of one rank in a step, with a label on every token: rows of the embedding and hidden states that come from other ranks (as
+    many gradients go back to it), and the head's table where that is gathered."""
+    tokens = min(asked.micro_batch_tokens, -(-asked.batch_examples * asked.example_tokens // asked.ranks))
+    rows = looked_up(asked.shape, tokens, asked.sharers) if asked.tables.embedding else 0
+    loss, count = asked.loss(tokens), asked.micro_batches
+    if loss is None:
+        return rows * count, 0, 0
+    return rows * count, loss.states * count, loss.table * count
 
 
 def model_flops(asked: Setting, lengths: Iterable[int], labels: int) -> tuple[float, float]:

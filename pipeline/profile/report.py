@@ -122,6 +122,7 @@ def _moved(found: Measured, asked: Setting, steps: int) -> dict[str, Any]:
         "calls": found.gathers.calls / steps,
         "gathered_bytes": fetched,
         "received_bytes": fetched * (asked.sharers - 1) // asked.sharers,
+        "exchanged_bytes": found.gathers.exchanged_bytes // steps,
         "predicted_gathered_bytes": planned * asked.element_bytes // steps,
         "trace_invalidations": found.gathers.invalidations,
     }

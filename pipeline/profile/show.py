@@ -38,6 +38,7 @@ def show_profile(screen: Screen, report: dict[str, Any], folder: Path) -> None:
                 ("calls", f"{moved['calls']:,.0f}"),
                 ("gathered", f"{size_text(moved['gathered_bytes'])}, of which {size_text(moved['received_bytes'])} from other ranks"),
                 ("planned", size_text(moved["predicted_gathered_bytes"])),
+                ("exchanged", f"{size_text(moved['exchanged_bytes'])} instead of the vocabulary's tables"),
                 ("broken traces", str(moved["trace_invalidations"])),
             ],
         )

@@ -22,7 +22,7 @@ KEYS = {
         *("recomputed_flops_per_s", "matrix_product_flops_per_s", "share_of_matrix_products", "makers_flops_per_s", "utilisation"),
     },
     "time": {"step_s", "split_s", "split_most_s", "shares", "save_s", "save_every_steps"},
-    "gathers": {"calls", "gathered_bytes", "received_bytes", "predicted_gathered_bytes", "trace_invalidations"},
+    "gathers": {"calls", "gathered_bytes", "received_bytes", "exchanged_bytes", "predicted_gathered_bytes", "trace_invalidations"},
     "memory": {
         *("parts", "most_of_a_rank_bytes", "peak_memory_bytes", "capacity_bytes", "micro_batches", "timeline", "phases"),
     },
