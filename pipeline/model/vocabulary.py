@@ -24,17 +24,15 @@ class Embedding(nn.Module):
         self.weight: nn.Parameter = original.weight  # type: ignore[assignment]
         self.num_embeddings, self.embedding_dim, self.padding_idx = original.num_embeddings, original.embedding_dim, original.padding_idx
         # Gemma's scales what it looks up.
-        self.embed_scale: torch.Tensor | None
-        self.register_buffer("embed_scale", getattr(original, "embed_scale", None), persistent=False)
+        if hasattr(original, "embed_scale"):
+            self.register_buffer("embed_scale", original.embed_scale, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> [..., D]."""
         rows = own_rows(self.weight)
-        if rows is None:
-            found = nn.functional.embedding(ids, self.weight)
-        else:
-            found = _looked_up(rows, ids.flatten()).view(*ids.shape, rows.width)
-        return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
+        found = nn.functional.embedding(ids, self.weight) if rows is None else _looked_up(rows, ids.flatten()).view(*ids.shape, rows.width)
+        scale: torch.Tensor | None = getattr(self, "embed_scale", None)
+        return found if scale is None else found * scale.to(found.dtype)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from pipeline.model.config import read_config
 from pipeline.model.head import Head, head_loss
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import load_base
+from pipeline.model.zero3 import own_rows
 from pipeline.tasks.batch import collate
 from pipeline.train.engine import Engine
 from tests.bases import VOCABULARY
@@ -163,6 +164,9 @@ def gathered_storages(root):
 
     def note(module, args):
         for parameter in module.parameters(recurse=False):
+            if own_rows(parameter):
+                # A table of the vocabulary, which nobody gathers.
+                continue
             assert parameter.numel() == parameter.ds_numel, "a module runs before its weights are gathered"
             if parameter.dim() == 2:
                 storages.append(StorageWeakRef(parameter.data.untyped_storage()))
@@ -381,7 +385,7 @@ def test_weights_are_released_between_forward_and_backward(folder, tight, ranks2
     for passes in ranks2.run(released, folder, tight, False):
         assert len(passes) == 2
         for count, forward, backward, gradient in passes:
-            assert count >= 14
+            assert count >= 12
             assert forward == ([], [], 0)
             assert backward == ([], [], 0)
             assert gradient > 0
@@ -399,7 +403,7 @@ def test_an_ordinary_linear_map_would_pin_them(llama_base, tight, ranks2):
 def test_release_after_evaluation(folder, ranks2):
     for before, after, losses in ranks2.run(release_after_evaluation, folder, CONFIGS / "zero3.json"):
         assert len(before[0]) > 20, "nothing was left to release"
-        assert before[2] >= 14
+        assert before[2] >= 12
         assert after == ([], [], 0)
         assert losses[0] > 0
         assert losses == [losses[0]] * 3
