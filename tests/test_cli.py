@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from pipeline.cli import app, main
+from pipeline.cli import app
 from pipeline.cluster.launch import PROGRAM
 from pipeline.job.read import read_job
 from pipeline.weights.delta import keys_of, write_delta
@@ -31,20 +31,6 @@ def _in_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def zlora(monkeypatch, capfd):
-    """`zlora("check", "job.toml")` -> exit code, standard output, standard error; in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zlora", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture
