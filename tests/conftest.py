@@ -13,6 +13,8 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait for each other, in models this small, take the cores from the ranks and from the other worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pipeline.cli import main
 from tests import bases
