@@ -311,13 +311,13 @@ def test_a_second_ctrl_c_ends_it_at_once(job, tmp_path):
     assert "Stopped at once." in errors
 
 
-def test_a_requeued_command_goes_on_with_its_own_run_even_with_fresh(job, tmp_path, monkeypatch):
+def test_a_requeued_command_goes_on_with_its_own_run_even_with_fresh(job, ranks1, tmp_path, monkeypatch):
     def train(steps):
         done = zlora("train", job, "--set", f"train.steps={steps}", "--fresh", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    train(3)
+    trained(ranks1, job, tmp_path / "runs" / "job", "train.steps=3")
     monkeypatch.setitem(ENVIRONMENT, "SLURM_JOB_ID", "4711")
     monkeypatch.setitem(ENVIRONMENT, "SLURM_RESTART_COUNT", "1")
     assert "goes on" not in train(4), "the run that is there is not this job's: it was stopped before it replaced it"
