@@ -36,8 +36,9 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt $(if $(TORCH),FORCE)
 demo: setup
 	@$(BIN)/python jobs/demo/demo.py
 
+# Two workers, each with ranks of its own: what one is idle for, the other does.
 test: setup lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	@$(BIN)/ruff check --quiet .

@@ -30,7 +30,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_gpt2(folder: Path, seed: int = 0, **changes) -> Path:
     torch.manual_seed(seed)
     settings = {"vocab_size": VOCABULARY, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}
-    model = GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=0, eos_token_id=0, **changes))
+    model = GPT2LMHeadModel(GPT2Config(**{**settings, **changes}, bos_token_id=0, eos_token_id=0))
     # transformers starts biases at zero, which would hide a bias that is lost on the way.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

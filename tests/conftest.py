@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait for each other, in models this small, take the cores from the ranks and from the other worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pipeline.cli import main
 from tests import bases
 from tests.families import make_family
 from tests.ranks import Ranks
@@ -68,3 +72,17 @@ def families(tmp_path_factory) -> Callable[[str], Path]:
     """A small random base of a family, by its `model_type`; made once."""
     folder = tmp_path_factory.mktemp("families")
     return cache(lambda name: make_family(name, folder / name))
+
+
+@pytest.fixture
+def zlora(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """`zlora("check", "job.toml")` -> exit code, standard output, standard error; in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zlora", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capfd.readouterr())
+
+    return call

@@ -1,6 +1,6 @@
 """Lives of a training run: real rank processes that a test may kill at any moment, started quickly.
 
-A fork server has torch and DeepSpeed loaded; each life forks its ranks from it. They are what the launcher would have started
+Each life forks its ranks from a server that has everything loaded. They are what the launcher would have started
 (`as_rank`: lock, signals, watchdog, logs, exit codes), but for the seconds of imports.
 """
 
@@ -10,38 +10,20 @@ import os
 import signal
 import tempfile
 import time
-from multiprocessing import forkserver, get_context
 from pathlib import Path
 
-from tests.ranks import rank_environment
-
-_ROOT = Path(__file__).parent.parent
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.life_imports"])
-
-
-def _start_server() -> None:
-    """The server looks for what it loads in PYTHONPATH alone, and says nothing when it does not find it."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(_ROOT)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+from tests.ranks import forks, rank_environment
 
 
 class Life:
     """A run of `zlora train JOB --run RUN` on `count` ranks of its own."""
 
     def __init__(self, job: Path, run: Path, overrides: tuple[str, ...] = (), count: int = 2, slow_disk_s: float = 0.0) -> None:
-        _start_server()
+        context = forks()
         self._folder = tempfile.TemporaryDirectory(prefix="zlora-life-")
         self.said = Path(self._folder.name) / "said.txt"
         arguments = (str(job), str(run), overrides, count, self._folder.name, slow_disk_s)
-        self.ranks = [_CONTEXT.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(count)]
+        self.ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(count)]
         for process in self.ranks:
             process.start()
 

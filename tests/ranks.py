@@ -1,5 +1,7 @@
 """A pool of rank processes that lives through the whole test session, so that multi-rank tests do not pay for start-up.
 
+They are forked from a server that has torch, DeepSpeed and transformers loaded; so are those of `tests.lives`.
+
 `Ranks(2).run(function, *args)` calls `function(ranks, *args)` on every rank, where `ranks` is the program's own `Ranks`, and
 returns the answers in rank order. `function` must be importable (module level) and its answer picklable; return plain numbers,
 lists, numpy arrays. An exception on any rank is raised here with its traceback, and the pool is replaced.
@@ -11,11 +13,29 @@ import os
 import shutil
 import tempfile
 import traceback
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 TIMEOUT_S = 300
+_ROOT = Path(__file__).parent.parent
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.rank_imports"])
+
+
+def forks():
+    """A multiprocessing context whose processes start with everything loaded."""
+    # The server looks for what it loads in PYTHONPATH alone, and says nothing when it does not find it.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(_ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return _CONTEXT
 
 
 def rank_environment(rank: int, count: int, folder: str) -> dict[str, str]:
@@ -71,7 +91,7 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = forks()
         folder = self._folder = tempfile.mkdtemp(prefix="zlora-test-")
         for rank in range(self.count):
             here, there = context.Pipe()

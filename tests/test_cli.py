@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.main import get_command
 
-from pipeline.cli import app, main
+from pipeline.cli import app
 from pipeline.cluster.launch import PROGRAM
 from pipeline.job.read import read_job
 from pipeline.weights.delta import keys_of, write_delta
@@ -31,20 +31,6 @@ def _in_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def zlora(monkeypatch, capfd):
-    """`zlora("check", "job.toml")` -> exit code, standard output, standard error; in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zlora", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -66,31 +52,38 @@ def content(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def modules_after(*arguments):
-    """What a fresh process has imported at the end of a command."""
+def modules_after(*commands):
+    """Of each of the commands, one after another in a fresh process: what is imported when it has ended."""
     program = (
         "import json, sys\nfrom pipeline.cli import main\n"
-        "sys.argv[0] = 'zlora'\ntry: main()\nexcept SystemExit: pass\n"
-        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})), file=sys.stderr)"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['zlora', *words]\n"
+        "    try: main()\n    except SystemExit: pass\n"
+        "    print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(commands)], capture_output=True, text=True, check=True)
     assert done.stdout
-    return set(json.loads(done.stderr))
+    return [set(json.loads(line)) for line in done.stderr.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def modules_after_help():
+    return dict(zip(COMMANDS, modules_after(*([name, "--help"] for name in COMMANDS)), strict=True))
 
 
 def test_help_loads_nothing_heavy():
-    assert not modules_after("--help") & (HEAVY | {"pydantic"})
+    assert not modules_after(["--help"])[0] & (HEAVY | {"pydantic"})
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_commands_help_loads_nothing_heavy(name):
+def test_a_commands_help_loads_nothing_heavy(name, modules_after_help):
     # pydantic is there: typer itself reads a command's parameters with it.
-    assert not modules_after(name, "--help") & HEAVY
+    assert not modules_after_help[name] & HEAVY
 
 
 def test_check_loads_nothing_that_a_login_node_lacks(tmp_path):
     write_job(tmp_path)
-    assert not modules_after("check", "job.toml") & HEAVY
+    assert not modules_after(["check", "job.toml"])[0] & HEAVY
 
 
 def test_help_lists_every_command(zlora):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ class Sweep(Section):
                 raise ValueError(f"{key}: the members of a sweep differ in what they train. Leave [{section}] out of it.")
         if twice := [key for key in self.grid if any(key in each for each in self.settings)]:
             raise ValueError(f"{twice[0]}: is in grid and in settings. Keep one of them.")
-        if (count := len(expand(self))) > MOST:
+        if (count := math.prod(map(len, self.grid.values()), start=len(self.settings) or 1)) > MOST:
             raise ValueError(f"{count:,} members. Make it {MOST:,} at most, in several jobs.")
+        expand(self)
         return self
 
 

@@ -75,7 +75,7 @@ class Store:
         self._batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
         # Views of the mapped pages: looked at for every example of a step, by every rank.
         self._tokens, self._spans, self._texts = ([_views(batch[name]) for batch in self._batches] for name in ("tokens", "spans", "texts"))
-        self._targets = [batch["targets"].to_numpy() for batch in self._batches]
+        self._targets = [_numbers(batch["targets"]) for batch in self._batches]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
         self._files = [file.file for file in self.about.files]
 
@@ -136,7 +136,12 @@ class _Views:
 
 
 def _views(column: pa.ListArray) -> _Views:
-    return _Views(column.offsets.to_numpy(), column.values.to_numpy())
+    return _Views(_numbers(column.offsets), _numbers(column.values))
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    """As `to_numpy` gives them, which imports pandas."""
+    return np.frombuffer(column.buffers()[1], str(column.type))[column.offset : column.offset + len(column)]
 
 
 def open_store(source: Source, settings: object, encode: Encode, what: str, progress: Progress) -> Store:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import app, main
+from pipeline.cli import app
 from pipeline.deltas.merge import merge
 
 BELOW = get_command(app).commands["deltas"].commands
-
-
-@pytest.fixture
-def zlora(monkeypatch, capfd):
-    """`zlora("deltas", "list", "runs")` -> exit code, standard output, standard error; in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zlora", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        return (code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize("name", sorted(BELOW))

@@ -43,7 +43,7 @@ def begun(base: Path, delta: Path, out: Path) -> subprocess.Popen[str]:
 def test_the_same_command_goes_on_and_says_so(number, llama_base, deltas, tmp_path):
     out, work = tmp_path / "merged", tmp_path / ".merged.merging"
     process = begun(llama_base, deltas["qv"], out)
-    for _ in range(200):
+    while process.poll() is None:
         time.sleep(0.05)
         if (work / "journal.jsonl").is_file() and len((work / "journal.jsonl").read_text().splitlines()) >= 3:
             break

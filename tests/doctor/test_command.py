@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 
-from pipeline.cli import main
 from pipeline.cluster.launch import PROGRAM
 from pipeline.doctor import allocation, examine, proof
 from pipeline.doctor.finding import Finding, report
@@ -75,29 +75,18 @@ def test_ranks_that_are_there_already_measure_the_network(outside, tmp_path):
 
 
 @pytest.fixture
-def zlora(monkeypatch, capfd, outside):
-    """`zlora("--json")` -> exit code, standard output, standard error; in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zlora", "doctor", *arguments])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        return (code, *capfd.readouterr())
-
-    return call
+def doctor(zlora, outside):
+    """`doctor("--json")` -> exit code, standard output, standard error; in this process."""
+    return partial(zlora, "doctor")
 
 
 @pytest.mark.parametrize(("findings", "code"), [([GOOD, BAD], 2), ([GOOD, WARNED], 0), ([GOOD], 0)])
-def test_a_problem_is_exit_code_2_and_the_table_is_there_all_the_same(zlora, monkeypatch, findings, code):
+def test_a_problem_is_exit_code_2_and_the_table_is_there_all_the_same(doctor, monkeypatch, findings, code):
     monkeypatch.setattr(examine, "examine", lambda run, nodes: (findings, None))
-    found, out, error = zlora()
+    found, out, error = doctor()
     assert (found, error) == (code, "")
     assert all(finding.value in out and finding.repair in out for finding in findings)
-    found, out, error = zlora("--json")
+    found, out, error = doctor("--json")
     assert (found, error) == (code, "")
     assert json.loads(out) == report(findings)
     assert json.loads(out)["good"] == (code == 0)
@@ -135,21 +124,21 @@ def test_libraries_that_do_not_load_leave_the_rest_looked_at_and_nothing_tried(o
     assert (findings[-1].value, findings[-1].state) == ("not tried: the libraries do not load", "warning")
 
 
-def test_nodes_without_an_allocation_of_so_many_are_refused_in_a_line(zlora, monkeypatch):
-    code, out, error = zlora("--nodes", "2")
+def test_nodes_without_an_allocation_of_so_many_are_refused_in_a_line(doctor, monkeypatch):
+    code, out, error = doctor("--nodes", "2")
     assert (code, out) == (2, "")
     assert error.startswith("error: --nodes 2: this is no Slurm allocation. Get one (salloc --nodes=2")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
-    assert zlora("--nodes", "2") == (2, "", "error: --nodes 2: this allocation has 1. Use at most 1.\n")
+    assert doctor("--nodes", "2") == (2, "", "error: --nodes 2: this allocation has 1. Use at most 1.\n")
 
 
-def test_ranks_of_others_are_not_told_to_start_ranks(zlora, monkeypatch):
+def test_ranks_of_others_are_not_told_to_start_ranks(doctor, monkeypatch):
     for name, value in rank_environment(1, 2, "/tmp").items():
         monkeypatch.setenv(name, value)
-    assert zlora() == (2, "", "")
+    assert doctor() == (2, "", "")
     monkeypatch.setenv("RANK", "0")
-    code, out, error = zlora()
+    code, out, error = doctor()
     assert (code, out) == (2, "")
     assert error == "error: zlora doctor starts its own ranks, and these are ranks already. Run it once for each node, or give --nodes.\n"
 

@@ -14,8 +14,10 @@ from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.evaluate.metrics.own import exact_match
 from pipeline.job.errors import JobError
 from pipeline.job.metrics import METRICS, SCRIPTS
+from tests.lives import Life
 from tests.training import train_here, write_job
-from tests.whole.test_commands import ENVIRONMENT, zlora
+from tests.whole import test_commands as processes
+from tests.whole.test_commands import ENVIRONMENT
 
 ROWS = [
     ("name[The Eagle], food[French], area[city centre]", ["The Eagle is French .", "In the city centre is the French Eagle ."]),
@@ -38,28 +40,27 @@ def write_e2e(folder, base):
     return job
 
 
-def test_a_task_is_scored_by_its_own_metrics(gpt2_base, ranks2, tmp_path):
+def test_a_task_is_scored_by_its_own_metrics(gpt2_base, ranks2, zlora, tmp_path):
     run = tmp_path / "run"
     # Long and at a high rate: something of the texts should be right.
     shown = ranks2.run(train_here, str(write_e2e(tmp_path, gpt2_base)), str(run), ("train.steps=30", "train.learning_rate=0.03"))[0]
     told = json.loads((run / "result.json").read_text())
-    done = zlora(
-        "score", "--task", "e2e", "--script", "pymteval", "--predictions", run / "predictions/valid-000030.jsonl", "--json", cwd=tmp_path
-    )
-    report = json.loads(done.stdout)
+    predictions = run / "predictions" / "valid-000030.jsonl"
+    _, out, _ = zlora("score", "--task", "e2e", "--script", "pymteval", "--predictions", predictions, "--json")
+    report = json.loads(out)
     assert report["metrics"]["BLEU"] > 0
     assert told["valid"].keys() == report["metrics"].keys() | {"loss", "perplexity"}
     assert {name: told["valid"][name] for name in report["metrics"]} == report["metrics"]
     assert told["best"]["metric"] == "ROUGE_L"
     for note in report["notes"]:
         assert shown.count(note) == 1, "once, not at each scoring"
-    done = zlora("evaluate", run, "--split", "valid", "--delta", "last", "--json", cwd=tmp_path)
+    done = processes.zlora("evaluate", run, "--split", "valid", "--delta", "last", "--json", cwd=tmp_path)
     again = json.loads(done.stdout)
     assert again["notes"] == report["notes"]
     assert {name: again["metrics"][name] for name in report["metrics"]} == pytest.approx(report["metrics"], rel=1e-9)
-    done = zlora("evaluate", run, "--split", "valid", cwd=tmp_path)
+    done = processes.zlora("evaluate", run, "--split", "valid", cwd=tmp_path)
     step = told["best"]["step"]
-    assert zlora("merge", gpt2_base, run / "best", "--out", "merged", cwd=tmp_path).returncode == 0
+    assert zlora("merge", gpt2_base, run / "best", "--out", tmp_path / "merged")[0] == 0
     assert f"valid by the best delta of {run}, after {step} steps" in done.stdout
     assert f"{told['best']['value']:.4f}" in done.stdout
     assert (run / "predictions" / "valid-best.jsonl").read_bytes() == (run / "predictions" / f"valid-{step:06d}.jsonl").read_bytes()
@@ -161,7 +162,7 @@ def test_three_ranks_score_seven_prompts_under_the_watchdog(gpt2_base, tmp_path)
     settings = (f"task.valid={tmp_path}/valid.jsonl", "train.steps=2", "train.timeout_s=60", "evaluate.gather=each_pass")
     # Batches of one prompt or two.
     settings += ("evaluate.batch_tokens=150", "evaluate.max_new_tokens=20")
-    done = zlora("train", job, "--ranks", "3", "--run", "run", *(part for text in settings for part in ("--set", text)), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    life = Life(job, tmp_path / "run", settings, count=3)
+    assert life.end(120) == [0, 0, 0], life.said.read_text()
     predicted = [json.loads(line) for line in (tmp_path / "run/predictions/valid-000002.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in predicted] == [row["prompt"] for row in rows]

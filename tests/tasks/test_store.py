@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pipeline.tasks.example import Chat, Document, Labelled, Message, Pair, Reas
 from pipeline.tasks.open import content_keys, open_split
 from pipeline.tasks.store import open_store
 from tests.bases import make_tokenizer
+from tests.ranks import forks
 from tests.tasks.making import encoder
 
 ROWS = [("a" * (1 + n % 9), "the Blue Spice " * (1 + n % 5)) for n in range(40)]
@@ -218,34 +219,34 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path, base, cache):
     assert entries(cache) == []
 
 
-KILLED = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.tasks import test_store as t
-def slow(examples):
-    for number, found in enumerate(t.encoder(Path({base!r}), "").sequences(examples)):
-        if number == 5:
-            print("writing", flush=True)
-            time.sleep({pause})
-        yield found
-store = t.opened(t.pairs({file!r}), Path({base!r}), encode=slow)
-print(len(store), flush=True)
-"""
+def write_slowly(cache: str, base: Path, file: Path, pause_s: float, pipe: Connection) -> None:
+    """In a process of its own: says when it is in the middle, and how many sequences there are at the end."""
+    os.environ["XDG_CACHE_HOME"] = cache
+
+    def slow(examples):
+        for number, found in enumerate(encoder(base, "").sequences(examples)):
+            if number == 5:
+                pipe.send("writing")
+                time.sleep(pause_s)
+            yield found
+
+    pipe.send(len(opened(pairs(file), base, encode=slow)))
 
 
-def writer_process(tmp_path, base, file, pause):
-    code = KILLED.format(root=str(Path(__file__).parents[2]), base=str(base), file=str(file), pause=pause)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    return process
+def writer_process(tmp_path, base, file, pause_s):
+    here, there = forks().Pipe()
+    process = forks().Process(target=write_slowly, args=(str(tmp_path / "cache"), base, file, pause_s, there), daemon=True)
+    process.start()
+    there.close()
+    assert here.recv() == "writing"
+    return process, here
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path, base, cache):
     task = pairs(write_rows(tmp_path / "a.jsonl"))
-    process = writer_process(tmp_path, base, tmp_path / "a.jsonl", 60)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process, _ = writer_process(tmp_path, base, tmp_path / "a.jsonl", 60)
+    process.kill()
+    process.join()
     assert len(entries(cache)) == 2  # its lock and its half
     assert len(opened(task, base)) == 40
     assert len(entries(cache)) == 1
@@ -254,11 +255,12 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path
 
 def test_of_two_processes_one_writes_and_the_other_waits_and_reads(tmp_path, base, cache):
     task = pairs(write_rows(tmp_path / "a.jsonl"))
-    process = writer_process(tmp_path, base, tmp_path / "a.jsonl", 1)
+    process, pipe = writer_process(tmp_path, base, tmp_path / "a.jsonl", 1)
     begin = time.monotonic()
     assert len(second_start(task, base)) == 40
     assert 0.3 < time.monotonic() - begin < 30
-    assert process.communicate()[0] == "40\n"
+    assert pipe.recv() == 40
+    process.join()
     assert len(entries(cache)) == 1
 
 

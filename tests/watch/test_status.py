@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,9 @@ from pipeline.watch import logs as logs_module
 from pipeline.watch.logs import Log, follow, logs_of
 from pipeline.watch.status import find_runs, statuses, tail_rows
 from pipeline.watch.table import duration, table
+from tests.lives import Life
 from tests.training import write_job
+from tests.whole.test_kill import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,26 +47,22 @@ def status(run):
 
 def test_a_training_of_this_machine_from_its_first_to_its_last_word(gpt2_base, tmp_path):
     job, run = write_job(tmp_path, gpt2_base), tmp_path / "runs" / "mine"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    words = [sys.executable, "-m", "pipeline", "train", str(job), "--run", str(run), "--ranks", "1", "--set", "train.epochs=100"]
-    training = subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not tail_rows(run / "metrics.jsonl"):
-        assert training.poll() is None, training.stderr.read()
-        time.sleep(0.1)
+    training = Life(job, run, ("train.epochs=100",), count=1)
+    wait_until(lambda: tail_rows(run / "metrics.jsonl"), training)
     while not (now := status(run)).left_s:
         time.sleep(0.1)
     assert (now.state, now.steps, now.job, now.restarts) == ("running", 400, None, 0), "of epochs too"
     assert now.words.startswith("running: ")
     assert now.tokens_per_s > 0
-    training.terminate()
-    assert training.wait(60) == 75
+    training.signal(0, signal.SIGTERM)
+    assert training.end() == [75]
     now = status(run)
     assert (now.state, now.words) == ("stopped", "stopped, saved")
     assert now.saved_step == now.step
     assert now.saved_age_s < 60
-    short = [*words[:-1], f"train.steps={now.step}"]
-    assert subprocess.run(short, env=environment, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert Life(job, run, (f"train.steps={now.step}",), count=1).end() == [0]
     assert (status(run).state, status(run).step) == ("finished", now.step)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     command = "import sys; from pipeline.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", command, "status"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (0, "False")
