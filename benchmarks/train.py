@@ -108,11 +108,15 @@ def measure(console: Console, setup: Setup, rounds: int) -> dict[str, Any]:
                 runs["peer"] = others["one data worker"]
     found |= {"workers": workers, "warm_up": setup.warm_up, "steps": setup.steps, **tokens_of(setup)}
     found["rounds"] = [{way: run.summary() for way, run in runs.items()} for runs in taken]
-    found["largest_loss_difference"] = {
-        way: max(abs(a - b) for runs in taken for a, b in zip(*(runs[each].losses[: setup.warm_up] for each in ("ours", way)), strict=True))
-        for way in ("peer", "bare")
-    }
+    # Bare processes side by side do not talk, so after their first step each goes its own way.
+    compared = {"peer": setup.warm_up, "bare": setup.warm_up if setup.ranks == 1 else 1}
+    found["largest_loss_difference"] = {way: max(difference(runs, way, steps) for runs in taken) for way, steps in compared.items()}
     return found | {"ratios": ratios(found)}
+
+
+def difference(runs: dict[str, Run], way: str, steps: int) -> float:
+    """The largest in the first so many steps between ours and another way's loss."""
+    return max(abs(a - b) for a, b in list(zip(runs["ours"].losses, runs[way].losses, strict=True))[:steps])
 
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:

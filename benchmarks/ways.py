@@ -73,9 +73,11 @@ class Shape:
     fan_in_fan_out: bool = False
 
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""Ours has the base's own off, as the paper does; the peer's is what the base says."""
 SHAPES = {
-    "gpt2-small": Shape(GPT2Config(n_layer=6, n_embd=384, n_head=6), ("c_attn",), ("c_attn",), True),
-    "gpt2": Shape(GPT2Config(), ("c_attn",), ("c_attn",), True),
+    "gpt2-small": Shape(GPT2Config(n_layer=6, n_embd=384, n_head=6, **NO_DROPOUT), ("c_attn",), ("c_attn",), True),
+    "gpt2": Shape(GPT2Config(**NO_DROPOUT), ("c_attn",), ("c_attn",), True),
     "llama": Shape(
         LlamaConfig(
             vocab_size=32000,
