@@ -32,6 +32,7 @@ from pipeline.tasks.e2e import linearise
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "ds_configs" / "zero3.json"
+FILMS = HERE.parent / "jobs" / "demo" / "data" / "films" / "train.jsonl"
 RANK, ALPHA, LEARNING_RATE = 4, 32, 1e-3
 END = "<|endoftext|>"
 VOCABULARY = 1500
@@ -59,6 +60,7 @@ batch_examples = {examples}
 micro_batch_tokens = {micro_batch_tokens}
 learning_rate = {learning_rate}
 schedule = "constant"
+save_every_steps = {save_every_steps}
 """
 
 
@@ -112,7 +114,8 @@ class Setup:
     steps: int
     """Timed."""
     micro_batch_tokens: int = 4096
-    rounds: int = 1
+    save_every_steps: int = 0
+    """0: the peer saves nothing, ours at its end."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,10 @@ def run_ours(setup: Setup) -> Run:
             targets=json.dumps(SHAPES[setup.shape].ours),
             rank=RANK,
             alpha=ALPHA,
-            kind="e2e" if setup.data.suffix == ".csv" else "jsonl",
             data=setup.data,
             end=END,
             steps=setup.warm_up + setup.steps,
+            save_every_steps=setup.save_every_steps or setup.warm_up + setup.steps,
             examples=setup.examples,
             micro_batch_tokens=setup.micro_batch_tokens,
             learning_rate=LEARNING_RATE,
@@ -211,7 +214,7 @@ def run_ours(setup: Setup) -> Run:
     return _collected(setup, started, setup.folder)
 
 
-def run_peer(setup: Setup, workers: int = 0, allocator: bool = True, grouped: bool = True, save_steps: int = 0) -> Run:
+def run_peer(setup: Setup, workers: int = 0, allocator: bool = True, grouped: bool = True) -> Run:
     out, shape = _fresh(setup.folder / "peer"), SHAPES[setup.shape]
     given = json.loads((setup.folder / "given.json").read_text())
     spec = _spec(setup) | {
@@ -220,7 +223,7 @@ def run_peer(setup: Setup, workers: int = 0, allocator: bool = True, grouped: bo
         "config": peer_config(setup),
         "examples_a_rank": setup.examples // setup.ranks,
         "steps": setup.warm_up + setup.steps,
-        "save_steps": save_steps,
+        "save_steps": setup.save_every_steps,
         "workers": workers,
         "indices": order(given, setup) if grouped else [one["index"] for step in given for one in step],
     }
