@@ -22,7 +22,7 @@ from statistics import median
 from machine import origin
 from rich.console import Console
 from rich.table import Table
-from ways import CONFIG, FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer
+from ways import CONFIGS, FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer
 
 WAYS = ("once", "each_pass", "transformers")
 
@@ -77,7 +77,7 @@ def main() -> None:
 def run(scratch: Path, way: str, base: Path, ranks: int, beams: int) -> dict[str, object]:
     out = scratch / "answer.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, HERE / "generate_rank.py", way, base, scratch / "prompts.json", CONFIG, beams, out]
+    command = [*torchrun, HERE / "generate_rank.py", way, base, scratch / "prompts.json", CONFIGS / "zero3.json", beams, out]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

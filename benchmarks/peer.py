@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from tally import Tally
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def main() -> None:
     spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -29,11 +31,11 @@ def main() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-    bf16 = spec["dtype"] == "bf16"
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
-        use_cpu=True,
-        bf16=bf16,
+        use_cpu=spec["device"] == "cpu",
+        bf16=spec["dtype"] == "bf16",
+        fp16=spec["dtype"] == "fp16",
         deepspeed=spec["config"],
         per_device_train_batch_size=spec["examples_a_rank"],
         max_steps=spec["steps"],
@@ -69,7 +71,7 @@ def main() -> None:
         raw = load_dataset("json", data_files=spec["data"], split="train")
         dataset: Dataset = raw.map(encoded, batched=True, remove_columns=raw.column_names)
     dataset = dataset.select(spec["indices"])
-    base = AutoModelForCausalLM.from_pretrained(spec["base"], dtype=torch.bfloat16 if bf16 else torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(spec["base"], dtype=DTYPES[spec["dtype"]])
     adapted = {"r": spec["rank"], "lora_alpha": spec["alpha"], "target_modules": spec["targets"], "fan_in_fan_out": spec["fan_in_fan_out"]}
     model = get_peft_model(base, LoraConfig(**adapted))
     for name, a in load_file(spec["a"]).items():

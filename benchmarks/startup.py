@@ -3,9 +3,9 @@
     python benchmarks/startup.py --data FOLDER [--rounds 5] [--train-rounds 3] [--ranks 2] [--record FILE]
 
 FOLDER has E2E's official trainset.csv; the base is a random GPT-2 of 124M in bf16. Everything is a fresh process. Cold: nothing of the data
-is in either's cache, so all 42,061 rows are tokenised; warm: it is. (The files are in the system's page cache either way.) Ours has all that
-`zlora train` does before its first step. Exits with 1 if a goal is missed: help in 0.3 s, check and plan in 1 s, the first step in half of the
-peer's time.
+is in either's cache, so all 42,061 rows are tokenised; warm: it is. (The files are in the system's page cache either way.) Ours has all
+that `zlora train` does before its first step. Exits with 1 if a goal is missed: help in 0.3 s, check and plan in 1 s, the first step in
+half of the peer's time.
 """
 
 from __future__ import annotations

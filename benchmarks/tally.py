@@ -2,7 +2,7 @@
 
 Written as JSON when the last step has been taken: `ends` (seconds since the epoch) and `losses` of the steps; `gathers` (calls),
 `gathered_bytes` and `sent_bytes` (all collectives) in each; `peak_bytes` (VmHWM) of the process, `peak_steps_bytes` of the steps after the
-first; `base_bytes` that the process holds of the base.
+first; `gpu_peak_bytes` allocated there; `base_bytes` that the process holds of the base.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Tally:
     def write(self) -> None:
         self._scalars["peak_steps_bytes"] = peak_bytes()
         self._scalars["peak_bytes"] = max(self._scalars["peak_steps_bytes"], self._scalars["peak_first_bytes"])
+        self._scalars["gpu_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         self._out.write_text(json.dumps(self._report | self._scalars), encoding="utf-8")
 
     def _sent(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -31,9 +32,10 @@ from pipeline.job.zero import deepspeed_config
 from pipeline.tasks.e2e import linearise
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent / "ds_configs" / "zero3.json"
+CONFIGS = HERE.parent / "ds_configs"
 FILMS = HERE.parent / "jobs" / "demo" / "data" / "films" / "train.jsonl"
-RANK, ALPHA, LEARNING_RATE = 4, 32, 1e-3
+ALPHA, LEARNING_RATE = 32, 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 END = "<|endoftext|>"
 VOCABULARY = 1500
 """Of the tokenizer that is made from the data: with so many tokens an example of E2E is about as long as with GPT-2's."""
@@ -61,6 +63,8 @@ micro_batch_tokens = {micro_batch_tokens}
 learning_rate = {learning_rate}
 schedule = "constant"
 save_every_steps = {save_every_steps}
+[memory]
+config = "{memory}"
 """
 
 
@@ -116,6 +120,15 @@ class Setup:
     micro_batch_tokens: int = 4096
     save_every_steps: int = 0
     """0: the peer saves nothing, ours at its end."""
+    device: str = "cpu"
+    rank: int = 4
+    memory: str = "zero3.json"
+    """A file of ds_configs/; the peer has its stage and where it keeps parameters."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process; what `zlora train` sets for its own ranks of a CPU comes to the others from `ALLOCATOR`."""
+        return QUIET if self.device == "cpu" else {name: QUIET[name] for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")}
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ class Run:
             "step_s": self.step_s,
             "examples_per_s": self.setup.examples / self.step_s,
             "first_step_s": self.first_step_s,
+            "gpu_peak_bytes": [report["gpu_peak_bytes"] for report in self.reports],
             "peak_bytes": [report["peak_bytes"] for report in self.reports],
             "peak_steps_bytes": [report["peak_steps_bytes"] for report in self.reports],
             "base_bytes": [report["base_bytes"] for report in self.reports],
@@ -177,16 +191,15 @@ def make_tokenizer(data: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
 
 
-def make_base(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, dtype: str = "fp32") -> Path:
+def make_base(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, dtype: str = "fp32", device: str = "cpu") -> Path:
     """Random weights, and the tokenizer."""
-    import torch
-
     logging.disable_progress_bar()
     torch.manual_seed(1)
     end = tokenizer.eos_token_id
     config.bos_token_id = config.eos_token_id = end
-    model = AutoModelForCausalLM.from_config(config)
-    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -198,7 +211,8 @@ def run_ours(setup: Setup) -> Run:
             base=setup.base,
             dtype=setup.dtype,
             targets=json.dumps(SHAPES[setup.shape].ours),
-            rank=RANK,
+            rank=setup.rank,
+            memory=setup.memory,
             alpha=ALPHA,
             data=setup.data,
             end=END,
@@ -210,7 +224,7 @@ def run_ours(setup: Setup) -> Run:
         )
     )
     words = [HERE / "ours.py", setup.folder, "train", job, "--run", out / "run", "--fresh", "--ranks", setup.ranks]
-    started = start([words], QUIET | {"XDG_CACHE_HOME": str(setup.folder.parent / "cache")})
+    started = start([words], setup.environment | {"XDG_CACHE_HOME": str(setup.folder.parent / "cache")})
     return _collected(setup, started, setup.folder)
 
 
@@ -231,7 +245,7 @@ def run_peer(setup: Setup, workers: int = 0, allocator: bool = True, grouped: bo
     file.write_text(json.dumps(spec))
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}", HERE / "peer.py", file, out]
     cache = {"HF_DATASETS_CACHE": str(setup.folder.parent / "datasets")}
-    started = start([words], QUIET | cache | (ALLOCATOR if allocator else {}))
+    started = start([words], setup.environment | cache | (ALLOCATOR if allocator else {}))
     return _collected(setup, started, out)
 
 
@@ -249,10 +263,11 @@ def run_bare(setup: Setup) -> Run:
 
 def peer_config(setup: Setup) -> dict[str, Any]:
     """DeepSpeed's part of what Trainer's documentation shows: `auto` lets Trainer set prefetching and persistence from the base's width."""
-    zero = {**deepspeed_config(CONFIG)["zero_optimization"], "reduce_bucket_size": "auto"}
+    zero = {**deepspeed_config(CONFIGS / setup.memory)["zero_optimization"], "reduce_bucket_size": "auto"}
     zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     # No train_batch_size: Trainer's own is of all ranks, and the base is loaded before DeepSpeed knows of them.
-    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto"}
+    half = {name: {"enabled": setup.dtype == name} for name in ("bf16", "fp16")}
+    return {"zero_optimization": zero, **half, "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto"}
 
 
 def order(given: list[list[dict]], setup: Setup) -> list[int]:
@@ -294,7 +309,8 @@ def _spec(setup: Setup) -> dict[str, Any]:
     return {
         "base": str(setup.base),
         "dtype": setup.dtype,
-        "rank": RANK,
+        "rank": setup.rank,
+        "device": setup.device,
         "alpha": ALPHA,
         "learning_rate": LEARNING_RATE,
         "fan_in_fan_out": SHAPES[setup.shape].fan_in_fan_out,
