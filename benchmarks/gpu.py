@@ -1,9 +1,9 @@
-"""Training on one GPU: `zlora train` beside PEFT + Trainer + DeepSpeed ZeRO-3. Llama shapes of 1B and 7B with random weights, LoRA everywhere.
+"""Training on one GPU: `zlora train` beside PEFT + Trainer + DeepSpeed ZeRO-3, on Llama shapes of 1B and 7B with random weights.
 
     python benchmarks/gpu.py --data FOLDER [--record FILE] [--smoke]
 
-FOLDER has E2E's official trainset.csv, whose texts are joined to documents of exactly 2,048 or 4,096 tokens. LoRA is of rank 16 on all linear
-maps of the layers; a step is one pass; nothing is recomputed in the backward pass in either way. MFU: 4 FLOPs for each parameter and
+FOLDER has E2E's official trainset.csv, whose texts are joined to documents of exactly 2,048 or 4,096 tokens. LoRA is of rank 16 on all
+linear maps of the layers; a step is one pass; nothing is recomputed in the backward pass in either way. MFU: 4 FLOPs for each parameter and
 token (forward, and backward to the inputs: the base has no gradients) over the card's dense rate. Every part is a process with its own time
 limit, so that all end within 8 minutes; what a part found is written as it comes, and a part that fails says why and costs no other.
 --smoke: tiny shapes on the CPU, to see that it runs.
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def main() -> None:
                 left_s = (1e9 if asked.smoke else LIMIT_S) - (time.monotonic() - begun)
                 row = apart(one | {"way": way}, min(limit_s, left_s)) if left_s > 15 else {"error": "no time left"}
                 found.append({key: one[key] for key in ("shape", "dtype", "length", "examples", "memory")} | {"way": way} | row)
-                console.print(json.dumps({key: value for key, value in found[-1].items() if key != "summary"}))
+                console.print(json.dumps({key: value for key, value in found[-1].items() if key not in ("summary", "setup")}))
                 if asked.record:
                     record(asked.record, found, time.monotonic() - begun)
 
@@ -116,7 +115,7 @@ def part(one: dict[str, Any]) -> dict[str, Any]:
     SHAPES[shape] = ALL
     out, length = folder / f"{shape}-{one['dtype']}-{one['length']}-{one['memory']}", one["length"]
     out.mkdir(exist_ok=True)
-    names = {"dtype": one["dtype"], "examples": one["examples"], "device": one["device"], "memory": one["memory"]}
+    names: dict[str, Any] = {"dtype": one["dtype"], "examples": one["examples"], "device": one["device"], "memory": one["memory"]}
     data = folder / f"{length}.jsonl"
     setup = Setup(
         shape,
@@ -135,7 +134,7 @@ def part(one: dict[str, Any]) -> dict[str, Any]:
     # Of linear maps: an embedding is looked up, not multiplied by.
     parameters = layers * (2 * width**2 + 2 * width * width // heads * kv_heads + 3 * width * mlp) + 32000 * width
     found = {"tokens_per_s": round(tokens_per_s), "step_s": run.step_s, "gpu_peak_bytes": max(summary["gpu_peak_bytes"])}
-    return found | {"mfu": mfu(4 * parameters * tokens_per_s), "loss": summary["losses"], "summary": summary, "setup": _plain(setup)}
+    return found | {"mfu": mfu(4 * parameters * tokens_per_s), "loss": summary["losses"], "summary": summary, "setup": names}
 
 
 def mfu(flops: float) -> float | None:
@@ -148,10 +147,6 @@ def mfu(flops: float) -> float | None:
         return None
     card = named(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     return flops / card.half_flops if card else None
-
-
-def _plain(setup: Setup) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(setup).items()}
 
 
 def record(file: Path, found: list[dict[str, Any]], seconds: float) -> None:
