@@ -102,8 +102,13 @@ def main() -> None:
     tally.write()
     if arguments.process_index == 0:
         (out / "saves.json").write_text(json.dumps(saves))
+    # A rank that is left by the other while it ends aborts, and so may threads of libraries at the interpreter's end.
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

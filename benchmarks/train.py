@@ -179,7 +179,8 @@ def tables(cases: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[
                 *(f"{mid(way, 'sent_bytes') / MB:,.1f}" for way in ("ours", "peer")),
             ]
         )
-    several = f"median of {min(len(case['rounds']) for case in cases)} to {max(len(case['rounds']) for case in cases)} rounds"
+    counts = sorted({len(case["rounds"]) for case in cases})
+    several = f"medians of {' or '.join(map(str, counts))} rounds"
     both = ["ours", "peer"]
     return [
         (
