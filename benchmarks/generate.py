@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py [--ranks 2] [--prompts 64] [--beams 1] [--rounds 3] [--record FILE]
 
-The base is that of `step.py`: a random GPT-2 of 6 layers, width 384, fp32. Prompts are the demo's films, 32 new tokens each, no early
+The base is a random GPT-2 of 6 layers, width 384, fp32. Prompts are the demo's films, 32 new tokens each, no early
 end. Ours runs twice: with the base gathered once, as it is chosen where it fits, and gathered in each pass. transformers' way is its
 ZeRO-3 load and `generate(synced_gpus=True)` in batches of 16 prompts a rank, sorted by length. Runs the ways in turn, each in fresh
 rank processes; seconds are of generation alone. Texts are compared.
@@ -22,7 +22,7 @@ from statistics import median
 from machine import origin
 from rich.console import Console
 from rich.table import Table
-from step import CONFIG, DATA, HERE, make_base
+from ways import CONFIGS, FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer
 
 WAYS = ("once", "each_pass", "transformers")
 
@@ -37,8 +37,9 @@ def main() -> None:
     asked = parser.parse_args()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
-        base = make_base(Path(scratch) / "base")
-        prompts = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()][: asked.prompts]
+        os.environ.update(QUIET)
+        base = make_base(Path(scratch) / "base", SHAPES["gpt2-small"].config, make_tokenizer(FILMS))
+        prompts = [json.loads(line)["prompt"] for line in FILMS.read_text().splitlines()][: asked.prompts]
         (Path(scratch) / "prompts.json").write_text(json.dumps(prompts))
         rounds = []
         for turn in range(1, asked.rounds + 1):
@@ -76,7 +77,7 @@ def main() -> None:
 def run(scratch: Path, way: str, base: Path, ranks: int, beams: int) -> dict[str, object]:
     out = scratch / "answer.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, HERE / "generate_rank.py", way, base, scratch / "prompts.json", CONFIG, beams, out]
+    command = [*torchrun, HERE / "generate_rank.py", way, base, scratch / "prompts.json", CONFIGS / "zero3.json", beams, out]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

@@ -8,13 +8,12 @@ included. Collectives are counted by wrapping torch.distributed's functions befo
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,65 +22,12 @@ import transformers.models.llama.modeling_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
+from wire import Wire
 
 from pipeline.job.zero import deepspeed_config
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.train.engine import Ranks, join_ranks, leave_ranks
-
-_COLLECTIVES = [
-    "broadcast",
-    "all_reduce",
-    "reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "_all_gather_base",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "_reduce_scatter_base",
-    "all_to_all",
-    "all_to_all_single",
-    "gather",
-    "scatter",
-    "send",
-    "recv",
-    "isend",
-    "irecv",
-]
-
-
-class Wire:
-    """Counts the calls of collectives and the bytes of the whole tensors they move."""
-
-    def __init__(self) -> None:
-        self.calls = self.bytes = 0
-        self._inside = False
-        for name in _COLLECTIVES:
-            counted = self._counted(getattr(dist.distributed_c10d, name))
-            setattr(dist.distributed_c10d, name, counted)
-            if hasattr(dist, name):
-                setattr(dist, name, counted)
-
-    def _counted(self, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def counting(*args: object, **kwargs: object) -> object:
-            if self._inside:
-                return function(*args, **kwargs)
-            self.calls += 1
-            self.bytes += max(map(_bytes_of, [*args, *kwargs.values()]))
-            self._inside = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        return counting
-
-
-def _bytes_of(argument: object) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.numel() * argument.element_size()
-    return sum(map(_bytes_of, argument)) if isinstance(argument, list | tuple) else 0
 
 
 class Memory:
@@ -140,7 +86,7 @@ def main(way: str, folder: Path, config: Path, out: Path) -> None:
     dist.barrier()
     report: dict[str, float] = {"rss_imports": memory()["VmRSS"], "hwm_imports": memory()["VmHWM"]}
     following, read_before = Memory(), bytes_through_read()
-    calls, moved = wire.calls, wire.bytes
+    calls, moved = wire.calls.total(), wire.bytes.total()
     start = time.perf_counter()
     model = load_ours(folder, config, ranks, report) if way == "ours" else load_transformers(folder, config)[0]
     report["seconds"] = time.perf_counter() - start
@@ -151,8 +97,8 @@ def main(way: str, folder: Path, config: Path, out: Path) -> None:
         "rss_end": memory()["VmRSS"],
         "allocated": following.allocated,
         "mapped": following.mapped,
-        "calls": wire.calls - calls,
-        "moved": wire.bytes - moved,
+        "calls": wire.calls.total() - calls,
+        "moved": wire.bytes.total() - moved,
     }
     shards = {name: parameter.ds_tensor for name, parameter in model.named_parameters()}
     report["shard"] = sum(shard.numel() * shard.element_size() for shard in shards.values())

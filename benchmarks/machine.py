@@ -12,10 +12,12 @@ from pathlib import Path
 
 def origin(script: str, *packages: str) -> list[str]:
     """Markdown lines: date, command, hardware, versions."""
+    # A folder of data is another one on every machine.
+    asked = ["FOLDER" if before in ("--base", "--data") else word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
-        f"- date: {date.today()}; command: `{' '.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`",
+        f"- date: {date.today()}; command: `{' '.join(['python', f'benchmarks/{script}', *asked])}`",
         f"- hardware: {os.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB",
         f"- versions: Python {platform.python_version()}, {versions}",
     ]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,7 +23,7 @@ from machine import origin
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from step import start
+from ways import QUIET, start
 
 METHODS = {
     "lora": 'kind = "lora"\ntargets = ["q", "v"]\nrank = 8\nalpha = 16',
@@ -129,7 +128,7 @@ def train(asked: argparse.Namespace, name: str, rate: float, seed: int, memory: 
         keys = {"base": asked.base.resolve(), "data": asked.data.resolve(), "method": METHODS[name], "rate": rate, "seed": seed}
         keys |= {"task": asked.task, "examples": asked.examples, "steps": asked.steps}
         job.write_text(JOB.format(**keys, memory=memory), encoding="utf-8")
-        start([sys.executable, "-m", "pipeline", "train", job, "--run", run, "--ranks", asked.ranks])
+        start([["-m", "pipeline", "train", job, "--run", run, "--ranks", asked.ranks]], QUIET)
     steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "step_s" in row]
     head = head_parameters(run / "delta")
     return {

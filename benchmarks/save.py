@@ -2,15 +2,16 @@
 
     python benchmarks/save.py [--ranks 2] [--rounds 3] [--record FILE]
 
-Base, data, ranks and memory configuration are those of `step.py`. Each way takes 20 steps and saves after every fifth, in turn;
-printed are the median seconds between the end of a step and the beginning of the next, and the bytes of one checkpoint.
+The base is a random GPT-2 of 6 layers, width 384, fp32; the data are the demo's films; the memory configuration and the peer are those of
+`train.py`. Each way takes 20 steps of 16 examples and saves after every fifth, in turn; printed are the median seconds between the end of a
+step and the beginning of the next, and the bytes of one checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -18,9 +19,9 @@ from statistics import median
 from machine import origin
 from rich.console import Console
 from rich.table import Table
-from step import CONFIG, DATA, EXAMPLES, HERE, JOB, make_base, start
+from ways import FILMS, QUIET, SHAPES, Setup, make_base, make_tokenizer, run_ours, run_peer
 
-STEPS, EVERY = 20, 5
+SHAPE, STEPS, EVERY = "gpt2-small", 20, 5
 
 
 def main() -> None:
@@ -30,14 +31,16 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="also write the results to this Markdown file")
     asked = parser.parse_args()
     console = Console(highlight=False)
+    os.environ.update(QUIET)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
-        base = make_base(Path(scratch) / "base")
+        base = make_base(Path(scratch) / "base", SHAPES[SHAPE].config, make_tokenizer(FILMS))
         rounds = []
         for turn in range(1, asked.rounds + 1):
             folder = Path(scratch) / str(turn)
             folder.mkdir()
-            ours, our_bytes = run_ours(folder, base, asked.ranks)
-            theirs, their_bytes = run_theirs(folder, base, asked.ranks)
+            setup = Setup(SHAPE, base, FILMS, folder, "fp32", asked.ranks, 16, 0, STEPS, save_every_steps=EVERY)
+            ours, our_bytes = save_of_ours(setup)
+            theirs, their_bytes = save_of_peer(setup)
             rounds.append((ours, theirs))
             console.print(f"round {turn}: ours {1000 * ours:.1f} ms, PEFT + Trainer {1000 * theirs:.0f} ms a save")
     heads = ("round", "ours ms/save", "PEFT + Trainer ms/save", "ratio")
@@ -55,21 +58,18 @@ def main() -> None:
         asked.record.write_text("\n".join([*head, *rows, "", ratio, "", size, ""]), encoding="utf-8")
 
 
-def run_ours(folder: Path, base: Path, ranks: int) -> tuple[float, int]:
-    job, run = folder / "job.toml", folder / "run"
-    job.write_text(JOB.format(base=base, data=DATA, steps=STEPS, examples=EXAMPLES) + f"save_every_steps = {EVERY}\n")
-    start([sys.executable, "-m", "pipeline", "train", job, "--run", run, "--ranks", ranks])
+def save_of_ours(setup: Setup) -> tuple[float, int]:
+    run_ours(setup)
+    run = setup.folder / "ours" / "run"
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     state = max((run / "state").iterdir())
     return median(row["save_stall_s"] for row in rows if "save_stall_s" in row), size_of(state) + size_of(run / "delta")
 
 
-def run_theirs(folder: Path, base: Path, ranks: int) -> tuple[float, int]:
-    out = folder / "seconds.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    start([*torchrun, HERE / "step_peer.py", base, DATA, CONFIG, STEPS, EXAMPLES // ranks, out, EVERY])
-    checkpoint = Path(f"{out}.trainer") / f"checkpoint-{STEPS}"
-    return median(json.loads(out.read_text())["saves"]), size_of(checkpoint)
+def save_of_peer(setup: Setup) -> tuple[float, int]:
+    run_peer(setup)
+    out = setup.folder / "peer"
+    return median(json.loads((out / "saves.json").read_text())), size_of(out / "trainer" / f"checkpoint-{STEPS}")
 
 
 def size_of(folder: Path) -> int:
