@@ -54,7 +54,7 @@ class Shown(Queued):
     restarts: int
     """How often it was put back into the queue, this time too where Slurm ends an allocation to do so."""
     preempted: bool
-    """Another job takes its place now."""
+    """Another job takes its place: it is in its GraceTime, or at the end of it."""
 
 
 def queued(job: str) -> Shown | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 FILE = "slurm.jsonl"
 Then = Literal["done", "requeued", "not requeued", "left to Slurm"]
 Cause = Literal["time limit", "preempted", "requeued", "cancelled", ""]
-"""Why Slurm ends an allocation: its limit, another job, to start it again (a lost node, or by hand), for good; or it does not."""
+"""Why Slurm ends an allocation: its limit, another job, to start it again (a lost node, or another job), for good; or it does not."""
 
 
 @dataclass(frozen=True)

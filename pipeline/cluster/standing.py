@@ -35,7 +35,7 @@ _WAITS = {
 _ASKED: dict[Cause, str] = {
     "time limit": "out of time",
     "preempted": "preempted",
-    "requeued": "a node failed, or requeued by hand",
+    "requeued": "preempted, or a node failed",
     "cancelled": "cancelled by the user",
 }
 _ENDS = {

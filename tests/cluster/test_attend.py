@@ -189,7 +189,7 @@ def test_a_preemption_that_asks_the_ranks_alone_is_told_from_a_limit(attend, tmp
 
 
 def test_a_script_that_is_killed_before_its_end_has_said_why(attend, tmp_path):
-    process = attend(f"trap '' TERM; touch {tmp_path}/up; sleep 60")
+    process = attend(f"trap '' TERM; touch {tmp_path}/up; exec sleep 60")
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     process.terminate()
