@@ -79,8 +79,12 @@ class Screen:
 
     def draw(self, drawn: RenderableType) -> None:
         """As wide as it is where there is no terminal, for a pager or another program."""
-        widest = None if self._console.is_terminal else Measurement.get(self._console, self._console.options.update(max_width=_ANY), drawn)
-        self._console.print(drawn, width=widest and widest.maximum)
+        usual = self._console.width
+        if not self._console.is_terminal:
+            wanted = Measurement.get(self._console, self._console.options.update(max_width=_ANY), drawn).maximum
+            self._console.width = max(usual, wanted)
+        self._console.print(drawn)
+        self._console.width = usual
 
     def redrawn(self, draw: Callable[[], RenderableType]) -> None:
         """Draws in one place, again and again until Ctrl-C; where there is no terminal, below one another."""
@@ -162,7 +166,7 @@ def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     rows = list(rows)
     for place, name in enumerate(names):
         number = any(row[place][:1].isdigit() and place > 1 for row in rows)
-        table.add_column(Text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
+        table.add_column(_text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
     for row in rows:
         table.add_row(*(_text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
     return table
