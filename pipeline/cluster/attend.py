@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.cluster import queue
 from pipeline.cluster.failures import ATTENDED, REPORTS, cause, reported
-from pipeline.cluster.record import Asked, Began, Cancelled, Cause, Ended, Event, Refused, Submitted, Then, events, newest_step, note
+from pipeline.cluster.record import Began, Cancelled, Cause, Ended, Event, Refused, Submitted, Then, Told, events, newest_step, note
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
@@ -98,7 +98,7 @@ def asked(run: Path, job: str, restart: int, number: int) -> Cause:
     """Why that signal has come, as Slurm has it now. Written down at once: the script may be killed before it can say more."""
     found = why_asked(number, _known(job), restart, Cancelled(job) in events(run))
     with suppress(OSError):  # the ranks save meanwhile, and that counts
-        note(run, Asked(job, restart, signal.Signals(number).name, found))
+        note(run, Told(job, restart, signal.Signals(number).name, found))
     return found
 
 

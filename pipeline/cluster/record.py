@@ -50,7 +50,7 @@ class Began:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Told:
     """Slurm has told the batch script that the sitting is to end; the last word where the script was killed before it could say more."""
 
     job: str
@@ -90,8 +90,8 @@ class Cancelled:
     job: str
 
 
-Event = Submitted | Began | Asked | Ended | Refused | Cancelled
-_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Submitted, Began, Asked, Ended, Refused, Cancelled)}
+Event = Submitted | Began | Told | Ended | Refused | Cancelled
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Submitted, Began, Told, Ended, Refused, Cancelled)}
 
 
 def note(run: Path, event: Event) -> None:

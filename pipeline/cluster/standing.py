@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from pipeline.cluster.failures import DIVERGED, JOB_ERROR
 from pipeline.cluster.queue import Listed
-from pipeline.cluster.record import Asked, Began, Cancelled, Cause, Ended, Event, Refused, Submitted
+from pipeline.cluster.record import Began, Cancelled, Cause, Ended, Event, Refused, Submitted, Told
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 
@@ -82,7 +82,7 @@ def standing(events: Sequence[Event], known: Listed | None, kind: str = "train")
     began, ended = _last(own, Began), _last(own, Ended)
     cut = began is not None and (ended is None or ended.restart < began.restart)
     told = None if ended is None or cut else ended
-    asked = next((event.cause for event in reversed(own) if isinstance(event, Asked) and began and event.restart == began.restart), None)
+    asked = next((event.cause for event in reversed(own) if isinstance(event, Told) and began and event.restart == began.restart), None)
     why = f"The allocation before it {_unsaid(asked)}." if cut else _why(told)
     if known and not known.over:
         return _alive(known, _back(told, asked) if began else None, why)

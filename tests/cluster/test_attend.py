@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cluster.attend import End, judged, next_of, why_asked
 from pipeline.cluster.queue import Shown
-from pipeline.cluster.record import FILE, Asked, Began, Cancelled, Ended, Submitted, events, note
+from pipeline.cluster.record import FILE, Began, Cancelled, Ended, Submitted, Told, events, note
 
 SCONTROL = """#!/bin/sh
 echo "$*" >> "{folder}/asked"
@@ -175,7 +175,7 @@ def test_the_warning_is_passed_on_and_the_job_goes_back(attend, tmp_path):
     assert process.returncode == 75
     ended, asked = told(tmp_path)
     assert ended == Ended("7", 0, 75, "Stopped on request; everything is saved.", 12, "requeued", "time limit")
-    assert Asked("7", 0, "SIGUSR1", "time limit") in events(tmp_path / "run")
+    assert Told("7", 0, "SIGUSR1", "time limit") in events(tmp_path / "run")
     assert asked.endswith("requeue 7\n")
     assert out.endswith("Stopped on request; everything is saved. Exit code 75: it goes back into the queue, and goes on.\n")
 
@@ -193,12 +193,12 @@ def test_a_script_that_is_killed_before_its_end_has_said_why(attend, tmp_path):
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     process.terminate()
-    while not (own := [event for event in events(tmp_path / "run") if isinstance(event, Asked)]):
+    while not (own := [event for event in events(tmp_path / "run") if isinstance(event, Told)]):
         time.sleep(0.02)
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)
     process.kill()
     process.communicate(timeout=30)
-    assert own == [Asked("7", 0, "SIGTERM", "cancelled")]
+    assert own == [Told("7", 0, "SIGTERM", "cancelled")]
 
 
 def test_a_cancelled_job_does_not_go_back(attend, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cluster import queue
 from pipeline.cluster.queue import Listed, listed
-from pipeline.cluster.record import Asked, Began, Cancelled, Ended, Refused, Submitted
+from pipeline.cluster.record import Began, Cancelled, Ended, Refused, Submitted, Told
 from pipeline.cluster.standing import restarts, standing
 from pipeline.job.errors import JobError
 
@@ -62,9 +62,9 @@ def known(state, reason="None"):
         ([SUBMITTED, BEGAN, end(1, "rank 0 failed: OutOfMemoryError('CUDA out of memory')")], None, "failed", "out of memory"),
         ([SUBMITTED, BEGAN, end(76, "A rank was ended by SIGBUS.")], None, "failed", "a rank was killed, lost or hung"),
         ([SUBMITTED, BEGAN, end(75, "x", "requeued"), Began("7", 1, "node2")], None, "stopped", "lost with a node"),
-        ([SUBMITTED, BEGAN, Asked("7", 0, "SIGTERM", "cancelled")], None, "cancelled", "cancelled by the user"),
-        ([SUBMITTED, BEGAN, Asked("7", 0, "SIGTERM", "preempted")], None, "stopped", "preempted"),
-        ([SUBMITTED, BEGAN, Asked("7", 0, "SIGTERM", "preempted"), Began("7", 1, "node2")], None, "stopped", "lost with a node"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "cancelled")], None, "cancelled", "cancelled by the user"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "preempted")], None, "stopped", "preempted"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "preempted"), Began("7", 1, "node2")], None, "stopped", "lost with a node"),
         ([SUBMITTED, BEGAN, end(75, "x", "left to Slurm", cause="cancelled")], None, "cancelled", "cancelled by the user"),
         ([SUBMITTED, BEGAN, end(76, "x", "left to Slurm", cause="requeued")], None, "stopped", "preempted, or a node failed"),
         (
