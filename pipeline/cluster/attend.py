@@ -26,6 +26,8 @@ IN_A_ROW = {RANK_FAILED: 3, STOPPED: 10}
 """So many ends of that kind in a row without a newer saved state are the last: the job would go round for ever."""
 MOST_IN_A_ROW = 10
 """Quick failures may be more: until Slurm has had the time to take a node out that does not answer."""
+_NOTICED_S = 30.0
+"""It looks for such nodes no oftener, however short its patience is."""
 WARNING = signal.SIGUSR1
 _SIGNALLED = 128
 _POLL_S = 1.0
@@ -175,7 +177,7 @@ def next_of(ended: Ended, before: list[Event], ending: bool, patience_s: float) 
                 break
             times, first_s = times + 1, event.at_s
     # A lost node may be handed out again until Slurm has noticed.
-    soon = kind == RANK_FAILED and ended.at_s - first_s < 2 * patience_s and times < MOST_IN_A_ROW
+    soon = kind == RANK_FAILED and ended.at_s - first_s < 2 * patience_s + _NOTICED_S and times < MOST_IN_A_ROW
     if times >= IN_A_ROW[kind] and not soon:
         return "not requeued", f" So it ended {times} times in a row without a newer saved state."
     return "requeued", ""

@@ -54,7 +54,7 @@ def slow_jobs(slurm, place):
     """What is looked at last, by name, and its accidents."""
     two = ("cluster.nodes=2", "cluster.ranks_per_node=1", *COURSE)
     times = ("cluster.ranks_per_node=1", 'cluster.time="2"', "cluster.warn_s=60", 'cluster.environment.OMP_NUM_THREADS="1"')
-    found = {"limit": submitted(place, "limit", *times, 'cluster.partition="low"', *COURSE, nodes="node4", step_s=1.0)}
+    found = {"limit": submitted(place, "limit", *times, 'cluster.partition="low"', *COURSE, nodes="node4", step_s=1.4)}
     found["unlucky"] = submitted(place, "unlucky", *two, nodes="node[5-6]", step_s=0.3)
     if slurm.isolated:
         slurm.pull_the_plug("node8")
@@ -133,8 +133,9 @@ def test_two_and_four_nodes_train_the_e2e_task_as_one_machine_with_as_many_ranks
     (folder / "job.toml").write_text(text.replace(own, job) + scoring)
     course = ("train.steps=4", LORA_DROPOUT)
     four = submitted(folder, "four", "cluster.nodes=4", "cluster.ranks_per_node=1", *course, nodes="node[1-3,7]")
-    two = submitted(folder, "two", "cluster.nodes=2", "cluster.ranks_per_node=2", *course, nodes="node[1-2]")
     trained(ranks4, folder / "job.toml", folder / "here", *course)
+    ended(slurm, four)
+    two = submitted(folder, "two", "cluster.nodes=2", "cluster.ranks_per_node=2", *course, nodes="node[1-2]")
     for name, queued in (("four", four), ("two", two)):
         assert ended(slurm, queued) == "COMPLETED", log(folder / name)
         assert rows(folder / name) == rows(folder / "here"), "to the last bit"
@@ -148,22 +149,21 @@ def test_a_run_is_not_submitted_twice(place, slow_jobs):
 
 
 def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(slurm, place, ranks1, slow_jobs):
-    """The first ends by Slurm's own warning; the second, where there is something left to do, by a job of higher priority."""
+    """The first ends by Slurm's own warning, the second by a job of higher priority; where the machine is slow, there are more."""
     run, job = place / "limit", slow_jobs["limit"]
     wait_for(lambda: resumed(run), "the second allocation, after Slurm's own warning")
-    if len(sittings(run)) == 1:
-        slurm.run("sbatch", "--partition=high", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
+    slurm.run("sbatch", "--partition=high", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
     assert ended(slurm, job) == "COMPLETED", log(run)
     *before, last = [event for event in events(run) if isinstance(event, Ended)]
-    assert [(event.exit_code, event.then) for event in before] == [(75, "requeued")] * 2
-    assert [event.cause for event in before] == ["time limit", "preempted"]
-    assert [re.sub(r"\d+ of", "N of", event.why) for event in before] == [
-        f"Stopped by {name} after step N of 48; everything is saved." for name in ("SIGUSR1", "SIGTERM")
-    ]
-    assert log(run).count("it goes back into the queue, and goes on.") == 2
+    assert {(event.exit_code, event.then) for event in before} == {(75, "requeued")}
+    causes = [event.cause for event in before]
+    assert (causes[0], set(causes), causes.count("preempted")) == ("time limit", {"time limit", "preempted"}, 1)
+    said = r"Stopped by SIG(USR1|TERM) (after step \d+ of 48; everything is saved|before the first step; nothing is lost)\."
+    assert all(re.fullmatch(said, event.why) for event in before), before
+    assert log(run).count("it goes back into the queue, and goes on.") == len(before)
     assert "To go on: " not in log(run)
     assert (last.exit_code, last.then) == (0, "done")
-    assert begun(run) == [0, 1, 2]
+    assert begun(run) == list(range(len(before) + 1))
     trained(ranks1, place / "job.toml", place / "limit-here", *COURSE)
     assert rows(run) == rows(place / "limit-here")
     assert delta_bytes(run) == delta_bytes(place / "limit-here")
@@ -179,7 +179,7 @@ def test_only_failures_that_another_start_helps_come_back_and_not_for_ever(code,
     assert slurm.state(job)["ExitCode"] == f"{code}:0"
     if code == 76:
         assert 2 <= len(before) < 10
-        assert last.at_s - before[0].at_s >= 20, "twice as long as Slurm takes to find that a node is lost (SlurmdTimeout)"
+        assert last.at_s - before[0].at_s >= 50, "twice as long as Slurm takes to find that a node is lost (SlurmdTimeout)"
         assert f"So it ended {len(before) + 1} times in a row without a newer saved state. Exit code 76: not requeued." in log(run)
 
 
