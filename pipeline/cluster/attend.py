@@ -210,7 +210,7 @@ def _watch(command: list[str], environment: dict[str, str], asked: Callable[[int
         started.append(subprocess.Popen(command, env=environment))
     except OSError as error:
         raise JobError(f"{command[0]}: {error.strerror}. A batch script runs its ranks by srun.") from None
-    if came:
+    if WARNING in came:
         started[0].send_signal(WARNING)
     code = None
     while code is None:

@@ -58,7 +58,7 @@ def slow_jobs(slurm, place):
     found["unlucky"] = submitted(place, "unlucky", *two, nodes="node[5-6]", step_s=0.3)
     if slurm.isolated:
         slurm.pull_the_plug("node8")
-    arrived = instead(place, "hostname")
+    arrived = instead(place, "sh -c true")
     found["late"] = submitted(place, "late", "cluster.nodes=2", "cluster.ranks_per_node=1", arrived, nodes="node[7-8]")
     for code in CODES:
         ends = instead(place, f"sh -c 'exit {code}'")
