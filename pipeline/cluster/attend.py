@@ -65,20 +65,21 @@ def attend(run: Path, command: list[str]) -> int:
     reports = run / "slurm" / f".reports-{job}-{restart}"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
+    environment, came = {**os.environ, REPORTS: str(reports), ATTENDED: job}, list[int]()
     try:
-        code, came = _watch(command, {**os.environ, REPORTS: str(reports), ATTENDED: job}, lambda number: asked(run, job, restart, number))
+        code, causes = _watch(command, environment, came, lambda number: asked(run, job, restart, number))
         told = reported(reports)
     finally:
         shutil.rmtree(reports, ignore_errors=True)
     first = cause(list(told.values())) if told else None
-    by = came.get(signal.SIGTERM) or came.get(WARNING) or ""
+    by = causes.get(signal.SIGTERM) or causes.get(WARNING) or ""
     # Where a preemption has a GraceTime, Slurm asks the ranks alone.
-    if code and not came and (known := _known(job)) and known.preempted:
+    if code and not causes and (known := _known(job)) and known.preempted:
         by = "preempted"
     end = judged(code, bool(by), End(first.exit_code, first.message) if first else None)
     ended = Ended(job, restart, end.exit_code, end.why, newest_step(run), "done", by, time.time())
     patience_s = queue.patience_s() if end.exit_code == RANK_FAILED else 0.0
-    then, more = next_of(ended, events(run), bool(came.get(signal.SIGTERM)), patience_s)
+    then, more = next_of(ended, events(run), bool(causes.get(signal.SIGTERM)), patience_s)
     why = f"{end.why.rstrip('.')}.{more}"
     note(run, replace(ended, why=why, then=then))
     _say(f"{why} Exit code {end.exit_code}: {_THEN.get(then, then)}.")
@@ -188,13 +189,13 @@ def _kind(job: str, before: list[Event]) -> str:
     return next((event.kind for event in before if isinstance(event, Submitted) and event.job == job), "train")
 
 
-def _watch(command: list[str], environment: dict[str, str], asked: Callable[[int], Cause]) -> tuple[int, dict[int, Cause]]:
-    """The command's exit code as a shell has it; and which signals have come so far, the warning, and the one by which Slurm ends a job.
+def _watch(command: list[str], environment: dict[str, str], came: list[int], asked: Callable[[int], Cause]) -> tuple[int, dict[int, Cause]]:
+    """The command's exit code as a shell has it; and why signals came: the warning, and the one by which Slurm ends a job.
 
     Args:
+        came: takes these signals, also those that come later.
         asked: is told of each once, and says why it came.
     """
-    came: list[int] = []
     known: dict[int, Cause] = {}
     started: list[subprocess.Popen[bytes]] = []
 

@@ -152,7 +152,7 @@ def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(sl
     """The first ends by Slurm's own warning, the second by a job of higher priority; where the machine is slow, there are more."""
     run, job = place / "limit", slow_jobs["limit"]
     wait_for(lambda: resumed(run), "the second allocation, after Slurm's own warning")
-    slurm.run("sbatch", "--partition=high", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
+    slurm.run("sbatch", "--partition=high", "--nodes=1", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
     assert ended(slurm, job) == "COMPLETED", log(run)
     *before, last = [event for event in events(run) if isinstance(event, Ended)]
     assert {(event.exit_code, event.then) for event in before} == {(75, "requeued")}

@@ -88,12 +88,12 @@ def test_what_waits_is_taken_out_and_now_does_not_wait(slurm, place):
 
 
 def test_who_does_not_answer_is_cancelled_all_the_same(slurm, place, monkeypatch, capsys):
-    run = place / "deaf"
-    deaf = instead(place, """sh -c 'trap "" USR1; sleep 90'""")
+    run, up = place / "deaf", place / "up"
+    deaf = instead(place, f"""sh -c 'trap "" USR1; touch {up}; sleep 90'""")
     job = submitted(place, "deaf", "cluster.ranks_per_node=1", "cluster.warn_s=60", deaf, nodes="node2")
     (submission,) = (event for event in events(run) if isinstance(event, Submitted))
     assert cancel_module._patience_s(run, submission) == 60
-    wait_for(lambda: status(run).state == "running", "its start")
+    wait_for(up.exists, "its start")
     monkeypatch.setattr(cancel_module, "_patience_s", lambda *_: 3)
     door.cancel([run])
     shown = capsys.readouterr()
