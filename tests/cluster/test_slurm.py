@@ -149,10 +149,12 @@ def test_a_run_is_not_submitted_twice(place, slow_jobs):
 
 
 def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(slurm, place, ranks1, slow_jobs):
-    """The first ends by Slurm's own warning, the second by a job of higher priority; where the machine is slow, there are more."""
+    """The first ends by Slurm's own warning, the next by a job of higher priority; on a slow machine the limit may come more often."""
     run, job = place / "limit", slow_jobs["limit"]
     wait_for(lambda: resumed(run), "the second allocation, after Slurm's own warning")
     slurm.run("sbatch", "--partition=high", "--nodes=1", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
+    wait_for(lambda: any(isinstance(event, Ended) and event.cause == "preempted" for event in events(run)), "the preemption")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert ended(slurm, job) == "COMPLETED", log(run)
     *before, last = [event for event in events(run) if isinstance(event, Ended)]
     assert {(event.exit_code, event.then) for event in before} == {(75, "requeued")}
