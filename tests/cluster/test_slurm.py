@@ -154,6 +154,7 @@ def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(sl
     wait_for(lambda: resumed(run), "the second allocation, after Slurm's own warning")
     slurm.run("sbatch", "--partition=high", "--nodes=1", "--nodelist=node4", "--ntasks=4", f"--output={place}/high.txt", "--wrap=true")
     wait_for(lambda: any(isinstance(event, Ended) and event.cause == "preempted" for event in events(run)), "the preemption")
+    wait_for(lambda: slurm.state(job)["JobState"] == "PENDING", "its way back")
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert ended(slurm, job) == "COMPLETED", log(run)
     *before, last = [event for event in events(run) if isinstance(event, Ended)]
