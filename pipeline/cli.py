@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -56,10 +57,15 @@ def main() -> None:
     try:
         app()
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except OSError as error:
         if (text := of_system(error)) is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    from pipeline.cluster.failures import JOB_ERROR, report_failure
+
+    report_failure(f"error: {text}", JOB_ERROR, sys.stderr)
+    sys.exit(JOB_ERROR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,13 @@ from pipeline.weights.hub import Fetched, fetch, fetch_base
 
 _POLL_S = 0.2
 _SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+def fetch_all(jobs: Sequence[Job], screen: Screen) -> dict[str, Any]:
+    """Of the members of a sweep: what `fetch_job` says of the first; `others` is of those with another base or other data."""
+    apart = {(repr(job.base), repr(job.task)): job for job in reversed(jobs)}
+    first, *others = (fetch_job(job, screen) for job in reversed(apart.values()))
+    return {**first, "others": others} if others else first
 
 
 def fetch_job(job: Job, screen: Screen) -> dict[str, Any]:

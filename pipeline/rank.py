@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.cluster.failures import DIVERGED, JOB_ERROR, report_failure
+from pipeline.cluster.failures import DIVERGED, JOB_ERROR, report_failure, to_go_on
 from pipeline.cluster.launch import die_with_parent, report_start
 from pipeline.cluster.stop import STOPPED, StopRequest
 from pipeline.cluster.watchdog import ENDED, RANK_FAILED, Watchdog
@@ -51,8 +51,11 @@ def as_rank(
 
     def stop_at_once(name: str) -> None:
         if rank == 0:
-            fail(f"Stopped by {name} before the first step; nothing is lost. Run again to continue.", STOPPED)
+            fail(f"Stopped by {name} before the first step; nothing is lost.{to_go_on('Run again to continue.')}", STOPPED)
         os._exit(STOPPED)
+
+    def hung(report: str) -> None:
+        os._exit(fail(f"{report}{to_go_on('Run again to continue from the last state.')}", RANK_FAILED))
 
     stop = StopRequest()
     if training is None:
@@ -70,7 +73,7 @@ def as_rank(
 
         watch.at("waiting for the other ranks")
         if training and run:
-            watch.start(run / LOGS, count, training.timeout_s, lambda report: os._exit(fail(report, RANK_FAILED)))
+            watch.start(run / LOGS, count, training.timeout_s, hung)
         ranks = join_ranks(training.timeout_s if training else patience_s, stop, watch)
         if ranks.first:
             report_start()
@@ -114,6 +117,6 @@ def _unforeseen(error: Exception, run: Path | None, rank: int, watch: Watchdog, 
     from pipeline.train.engine import lost_peer
 
     if lost_peer(error):
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        return fail(f"rank {rank} lost the other ranks ({watch.place}): {reason}\nRun again to continue; {whole}", RANK_FAILED, True)
+        reason, again = (str(error).splitlines() or [repr(error)])[0].rstrip("."), to_go_on("Run again to continue.")
+        return fail(f"rank {rank} lost the other ranks ({watch.place}): {reason}.{again}\n{whole}", RANK_FAILED, True)
     return fail(f"rank {rank} failed: {error!r}\nThis is a fault of zlora's; {whole}", 1)

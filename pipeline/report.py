@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.failures import to_go_on
 from pipeline.cluster.launch import started_here
 from pipeline.evaluate.gather import Gathering
 from pipeline.evaluate.score import Scores
@@ -92,7 +93,7 @@ def stopped_text(step: int, steps: int, cause: str | None) -> str:
     why = {"SIGINT": " by Ctrl-C", None: ""}.get(cause, f" by {cause}")
     command = shlex.join(["zlora", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
     how = command if started_here() else "the same command again, without --fresh"
-    return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved. To go on: {how}"
+    return f"Stopped{why} after step {step:,} of {steps:,}; everything is saved.{to_go_on(f'To go on: {how}')}"
 
 
 def _gathering_text(gathering: Gathering) -> str:

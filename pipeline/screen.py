@@ -19,13 +19,17 @@ from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.job.printable import printable
+
 T = TypeVar("T")
 _LINE_EVERY_S = 10.0
 _REDRAWN_EVERY_S = 5.0
+_ANY = 100_000
 _LINES = 1
 """`_IOLBF`."""
 
@@ -44,7 +48,7 @@ class Screen:
         self._console = Console(file=stream, quiet=not shown, highlight=False, width=width, soft_wrap=not stream.isatty())
 
     def print(self, text: str = "") -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def say(self, value: dict[str, Any]) -> None:
         """One JSON object, a line of standard output."""
@@ -59,17 +63,28 @@ class Screen:
     def table(self, title: str, rows: Iterable[tuple[str, str | Text]]) -> None:
         """Two columns: what, and its value."""
         # Text, not str: brackets in data and paths must not be read as markup.
-        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+        table = Table(title=_text(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
         for name, value in rows:
-            table.add_row(Text(f"  {name}"), value if isinstance(value, Text) else Text(value))
+            table.add_row(_text(f"  {name}"), value if isinstance(value, Text) else _text(value))
         self._console.print(table)
 
     def columns(self, title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Named columns: words on the left, numbers on the right."""
-        self._console.print(columns(title, names, rows))
+        self.draw(columns(title, names, rows))
+
+    @property
+    def size(self) -> tuple[int, int] | tuple[None, None]:
+        """Characters of a line, and lines; None where there is no terminal."""
+        return self._console.size if self._console.is_terminal else (None, None)
 
     def draw(self, drawn: RenderableType) -> None:
+        """As wide as it is where there is no terminal, for a pager or another program."""
+        usual = self._console.width
+        if not self._console.is_terminal:
+            wanted = Measurement.get(self._console, self._console.options.update(max_width=_ANY), drawn).maximum
+            self._console.width = max(usual, wanted)
         self._console.print(drawn)
+        self._console.width = usual
 
     def redrawn(self, draw: Callable[[], RenderableType]) -> None:
         """Draws in one place, again and again until Ctrl-C; where there is no terminal, below one another."""
@@ -79,7 +94,7 @@ class Screen:
                 if self._console.is_terminal:
                     live.update(draw(), refresh=True)
                 else:
-                    self._console.print(draw())
+                    self.draw(draw())
 
     def progress(self, label: str, items: Iterable[T]) -> Iterator[T]:
         """Iterates with a bar that goes away when done; beside the training's bar where that is there."""
@@ -146,15 +161,19 @@ class Screen:
 
 def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Named columns: words on the left, numbers on the right."""
-    table = Table(title=Text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=_text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.header_style = "dim"
     rows = list(rows)
     for place, name in enumerate(names):
         number = any(row[place][:1].isdigit() and place > 1 for row in rows)
-        table.add_column(Text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
+        table.add_column(_text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(Text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
+        table.add_row(*(_text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
     return table
+
+
+def _text(value: str) -> Text:
+    return Text(printable(value))
 
 
 class StepBar:

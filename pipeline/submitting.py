@@ -42,6 +42,10 @@ class Asked:
     """What comes after training, as jobs of their own."""
 
 
+Planned = tuple[dict[str, Any] | None, list[str]]
+"""The plan, if there is one, and what a person should know of it."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A job that may be submitted."""
@@ -61,7 +65,7 @@ def submit(job: Job, asked: Asked) -> dict[str, Any]:
         JobError: the job does not fit, is another than the run's, or is in the queue already; sbatch refuses it. Nothing is left behind.
     """
     refuse_in_queue(asked)
-    ready = prepare(job, asked)
+    ready = prepare(job, asked, {})
     cluster, run, number = ready.job.cluster, asked.run.absolute(), next_number(asked.run)
     frozen = run / FOLDER / f"{number}.toml"
     words = ("train", str(frozen), "--run", str(run), *options_of(asked))
@@ -145,8 +149,11 @@ def submit_after(later: dict[Then, Script], how: str, job: str, noted: Callable[
     return found
 
 
-def prepare(job: Job, asked: Asked) -> Prepared:
+def prepare(job: Job, asked: Asked, plans: dict[str, Planned]) -> Prepared:
     """The job with the user's settings, planned.
+
+    Args:
+        plans: made before, for members of one sweep; this one is added.
 
     Raises:
         JobError: what training would refuse, or stumble over, after the wait in the queue; it does not fit.
@@ -165,7 +172,15 @@ def prepare(job: Job, asked: Asked) -> Prepared:
         raise JobError(f"{asked.run}: Slurm does not take {found} in the folder of a log as it is. Use --run for another folder.")
     if begun(asked.run) and not asked.fresh and (before := read_resolved(asked.run / "job.toml")):
         refuse_changes(changes(before, job), str(asked.run), asked.accept_changes)
-    return Prepared(job, tasks, *_plan(job, asked))
+    alike = _planned_alike(job)
+    if alike not in plans:
+        plans[alike] = _plan(job, asked)
+    return Prepared(job, tasks, *plans[alike])
+
+
+def _planned_alike(job: Job) -> str:
+    """The same text for jobs that one plan does for, as the members of a sweep over seeds."""
+    return job_digest(job.model_copy(update={"train": job.train.model_copy(update={"seed": 0, "learning_rate": 1.0})}))
 
 
 def refuse_in_queue(asked: Asked) -> None:
@@ -185,7 +200,7 @@ def options_of(asked: Asked) -> tuple[str, ...]:
     return (*(["--fresh"] if asked.fresh else []), *(["--accept-changes"] if asked.accept_changes else []))
 
 
-def _plan(job: Job, asked: Asked) -> tuple[dict[str, Any] | None, list[str]]:
+def _plan(job: Job, asked: Asked) -> Planned:
     cluster = job.cluster
     gpu = "cpu" if cluster.ranks_per_node else cluster.gpu
     if gpu is None:

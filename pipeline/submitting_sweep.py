@@ -13,7 +13,18 @@ from pipeline.cluster.scripts import FOLDER, frozen_text, make_script, next_numb
 from pipeline.cluster.standing import newest
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Job
-from pipeline.submitting import SCHEMA_VERSION, Asked, Prepared, dependency, options_of, prepare, submit_after, submitted, with_after
+from pipeline.submitting import (
+    SCHEMA_VERSION,
+    Asked,
+    Planned,
+    Prepared,
+    dependency,
+    options_of,
+    prepare,
+    submit_after,
+    submitted,
+    with_after,
+)
 from pipeline.sweeping import Run
 
 
@@ -27,7 +38,8 @@ def submit_sweep(job: Job, runs: list[Run], asked: Asked) -> dict[str, Any]:
         JobError: a member does not fit, or is another than its run's; sbatch refuses the array. Nothing is left behind.
     """
     chosen, notes = _chosen(runs, asked)
-    ready = {number: _prepared(runs[number], asked) for number in chosen}
+    plans: dict[str, Planned] = {}
+    ready = {number: _prepared(runs[number], asked, plans) for number in chosen}
     answer: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "job": None,
@@ -80,9 +92,9 @@ def _chosen(runs: list[Run], asked: Asked) -> tuple[list[int], list[str]]:
     return [number for number in range(len(runs)) if number not in finished | queued], notes
 
 
-def _prepared(run: Run, asked: Asked) -> Prepared:
+def _prepared(run: Run, asked: Asked, plans: dict[str, Planned]) -> Prepared:
     try:
-        return prepare(run.job, replace(asked, run=run.folder))
+        return prepare(run.job, replace(asked, run=run.folder), plans)
     except JobError as error:
         raise JobError(f"sweep ({run.name}): {error}") from None
 

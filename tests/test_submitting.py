@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import submitting
 from pipeline.cluster.record import Submitted, events
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, job_toml, read_job, with_settings
 from pipeline.plan.hardware import GIB
+from pipeline.planning import make_plan
 from pipeline.submitting import Asked, submit
+from pipeline.submitting_sweep import submit_sweep
+from pipeline.sweeping import runs_of
 from tests.training import write_job
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +150,81 @@ def test_what_cannot_work_is_refused_before_the_queue(place, monkeypatch):
     assert forced["job"] == "77"
     assert forced["plan"]["fits"] is False
     assert "does not fit" in forced["notes"][0]
+
+
+def test_every_member_of_a_sweep_is_planned_and_those_alike_once(place, monkeypatch):
+    job = place / "study.toml"
+    text = '[cluster]\nranks_per_node = 1\n[sweep.grid]\n"train.micro_batch_tokens" = [1024, {}]\n"train.seed" = [1, 2]\n'
+
+    def ask_for(tokens):
+        job.write_text((place / "job.toml").read_text() + text.format(tokens))
+        runs = runs_of(job, place / "runs" / "study")
+        return submit_sweep(read_job(job), runs, Asked(job, place / "runs" / "study", (), dry_run=True))
+
+    planned = []
+    monkeypatch.setattr(submitting, "make_plan", lambda *words: planned.append(words) or make_plan(*words))
+    monkeypatch.setattr("pipeline.plan.hardware.main_memory_bytes", lambda: 8 * GIB)
+    assert len(ask_for(2048)["members"]) == 4
+    assert [words[0].train.micro_batch_tokens for words in planned] == [1024, 2048]
+    with pytest.raises(JobError, match=r"sweep \(micro_batch_tokens=1048576,seed=1\): .*study.toml: does not fit on 1 x cpu"):
+        ask_for(1 << 20)
+    assert not (place / "asked").exists()
+    said = subprocess.run(
+        [sys.executable, "-m", "pipeline", "plan", str(job), "--gpu", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert "study.toml has a [sweep], and this is of the job as it stands" in said.stderr
+
+
+def test_a_login_node_needs_none_of_the_libraries_that_train(place):
+    """Commands of the queue where torch and all that comes with it is not installed."""
+    absent = place / "absent"
+    absent.mkdir()
+    (absent / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('torch', 'deepspeed', 'transformers', 'accelerate', 'datasets', 'safetensors', 'numpy', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    squeue = place / "bin" / "squeue"
+    squeue.write_text('#!/bin/sh\necho "77|PENDING||4:00:00|Priority"\n')
+    (place / "bin" / "scancel").write_text("#!/bin/sh\n")
+    for name in ("squeue", "scancel"):
+        (place / "bin" / name).chmod(0o755)
+    (place / "study.toml").write_text((place / "job.toml").read_text() + '[sweep.grid]\n"train.seed" = [1, 2]\n')
+    done = place / "done"
+    done.mkdir()
+    (done / "environment.json").write_text("{}")
+    (done / "job.toml").write_text(job_toml(read_job(place / "job.toml")))
+    ranks = ("--set", "cluster.ranks_per_node=1")
+
+    def zlora(*words, code=0):
+        environment = {**os.environ, "PYTHONPATH": f"{absent}:{ROOT}"}
+        found = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, env=environment, check=False)
+        assert found.returncode == code, (words, found.stderr)
+        return found.stdout + found.stderr
+
+    assert (
+        "halted; None in sys.modules"
+        in subprocess.run(
+            [sys.executable, "-c", "import torch"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(absent)},
+            check=False,
+        ).stderr
+    )
+    assert "77" in zlora("submit", "job.toml", *ranks)
+    assert "members  2" in zlora("submit", "study.toml", *ranks)
+    assert "waits behind jobs of higher priority" in zlora("status")
+    (place / "runs" / "job" / "slurm" / "77.txt").write_text("hello\n")
+    assert zlora("logs", "runs/job") == "hello\n"
+    assert "job 77 (train) cancelled" in zlora("cancel", "runs/job")
+    assert "not finished" in zlora("compare", "done", "done")
+    assert "# member seed=2" in zlora("check", "study.toml")
+    assert "fits" in zlora("plan", "job.toml", "--gpu", "a100-80g")
+    assert "has no [sweep]" in zlora("sweep", "job.toml", code=2)
 
 
 def test_a_run_of_another_job_is_refused_now(place):

@@ -10,20 +10,33 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.cluster import queue
-from pipeline.cluster.failures import REPORTS, cause, reported
-from pipeline.cluster.record import Began, Cancelled, Ended, Event, Refused, Then, events, newest_step, note
+from pipeline.cluster.failures import ATTENDED, REPORTS, cause, reported
+from pipeline.cluster.record import Began, Cancelled, Cause, Ended, Event, Refused, Submitted, Then, Told, events, newest_step, note
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
 
 IN_A_ROW = {RANK_FAILED: 3, STOPPED: 10}
 """So many ends of that kind in a row without a newer saved state are the last: the job would go round for ever."""
+MOST_IN_A_ROW = 10
+"""Quick failures may be more: until Slurm has had the time to take a node out that does not answer."""
+_NOTICED_S = 30.0
+"""It looks for such nodes no oftener, however short its patience is."""
 WARNING = signal.SIGUSR1
 _SIGNALLED = 128
+_POLL_S = 1.0
+_THEN: dict[Then, str] = {"requeued": "it goes back into the queue, and goes on"}
+_BY_SLURM: dict[Cause, str] = {
+    "preempted": "Another job takes its place.",
+    "requeued": "Slurm starts it again.",
+    "cancelled": "It was cancelled.",
+}
 
 
 @dataclass(frozen=True)
@@ -52,21 +65,26 @@ def attend(run: Path, command: list[str]) -> int:
     reports = run / "slurm" / f".reports-{job}-{restart}"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
+    environment, came = {**os.environ, REPORTS: str(reports), ATTENDED: job}, list[int]()
     try:
-        code, came = _watch(command, {**os.environ, REPORTS: str(reports)})
+        code, causes = _watch(command, environment, came, lambda number: asked(run, job, restart, number))
         told = reported(reports)
     finally:
         shutil.rmtree(reports, ignore_errors=True)
     first = cause(list(told.values())) if told else None
-    end = judged(code, came[WARNING], End(first.exit_code, first.message) if first else None)
-    known = queue.queued(job) if came[signal.SIGTERM] else None
-    ended = Ended(job, restart, end.exit_code, end.why, newest_step(run), "done")
-    then, more = next_of(ended, events(run), known)
+    by = causes.get(signal.SIGTERM) or causes.get(WARNING) or ""
+    # Where a preemption has a GraceTime, Slurm asks the ranks alone.
+    if code and not causes and (known := _known(job)) and known.preempted:
+        by = "preempted"
+    end = judged(code, bool(by), End(first.exit_code, first.message) if first else None)
+    ended = Ended(job, restart, end.exit_code, end.why, newest_step(run), "done", by, time.time())
+    patience_s = queue.patience_s() if end.exit_code == RANK_FAILED else 0.0
+    then, more = next_of(ended, events(run), bool(causes.get(signal.SIGTERM)), patience_s)
     why = f"{end.why.rstrip('.')}.{more}"
     note(run, replace(ended, why=why, then=then))
-    _say(f"{why} Exit code {end.exit_code}: {then}.")
+    _say(f"{why} Exit code {end.exit_code}: {_THEN.get(then, then)}.")
     # Slurm may have begun to end the job meanwhile, and asks nobody then.
-    if then == "requeued" and (refused := queue.requeue(job)) and not came[signal.SIGTERM]:
+    if then == "requeued" and (refused := queue.requeue(job)) and signal.SIGTERM not in came:
         note(run, Refused(job, refused))
         _say(f"it is not requeued: {refused}")
     return end.exit_code
@@ -79,76 +97,129 @@ def _job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def judged(code: int, warned: bool, told: End | None) -> End:
+def asked(run: Path, job: str, restart: int, number: int) -> Cause:
+    """Why that signal has come, as Slurm has it now. Written down at once: the script may be killed before it can say more."""
+    found = why_asked(number, _known(job), restart, Cancelled(job) in events(run))
+    with suppress(OSError):  # the ranks save meanwhile, and that counts
+        note(run, Told(job, restart, signal.Signals(number).name, found))
+    return found
+
+
+def _known(job: str) -> queue.Shown | None:
+    with suppress(JobError):
+        return queue.queued(job)
+    return None
+
+
+def why_asked(number: int, known: queue.Shown | None, restart: int, cancelled: bool) -> Cause:
+    """Why Slurm asks a sitting to end.
+
+    Args:
+        number: the warning, or the signal by which Slurm ends a job.
+        known: the job as Slurm has it; None: it does not answer.
+        restart: of the sitting.
+        cancelled: by `zlora cancel`, which sends the warning.
+    """
+    if cancelled:
+        return "cancelled"
+    if known and known.preempted:
+        return "preempted"
+    if number == WARNING or (known and known.reason == "TimeLimit"):
+        return "time limit"
+    if known is None:
+        return ""
+    return "requeued" if known.restarts > restart else "cancelled"
+
+
+def judged(code: int, asked: bool, told: End | None) -> End:
     """How a step ended.
 
     Args:
         code: srun's.
-        warned: the ranks were asked to leave.
+        asked: the ranks were asked to leave.
         told: what the ranks gave as the cause, if any did.
     """
     if told:
         return told
     if code == 0:
         return End(0, "Done.")
-    if code > _SIGNALLED and warned:
-        return End(STOPPED, "Asked to leave while it started; nothing is lost.")
+    if code > _SIGNALLED and asked:
+        return End(STOPPED, "Asked to leave before it had anything to save; what was saved stays.")
     if code > _SIGNALLED:
         return End(RANK_FAILED, _lost(code))
     return End(code, "The ranks said no more than their log does." if code != STOPPED else "Stopped on request; everything is saved.")
 
 
-def next_of(ended: Ended, before: list[Event], known: queue.Queued | None) -> tuple[Then, str]:
+def next_of(ended: Ended, before: list[Event], ending: bool, patience_s: float) -> tuple[Then, str]:
     """What becomes of the job, and what a person should know about it.
 
     Args:
         before: the run's record so far.
-        known: how Slurm sees it, where Slurm ends the job itself: it was cancelled, preempted, out of time, or lost a node.
+        ending: Slurm has ended the job, rather than warned it.
+        patience_s: after so long Slurm takes a node out of service that does not answer.
     """
     if ended.exit_code == 0:
         return "done", ""
-    # Out of time: the warning came too late, or was not answered in time.
-    late = known is not None and known.reason == "TimeLimit"
-    kind = RANK_FAILED if late else ended.exit_code
-    if known and not late:
-        return "left to Slurm", " Slurm ended the job."
+    if ending and ended.cause in _BY_SLURM:
+        return "left to Slurm", f" {_BY_SLURM[ended.cause]}"
     if Cancelled(ended.job) in before:
-        return "not requeued", " The job was cancelled."
+        return "not requeued", " It was cancelled. Submitted again, it goes on."
+    # Ended at its limit, it was warned too late, or did not answer in time.
+    kind = RANK_FAILED if ending and ended.cause == "time limit" else ended.exit_code
     if kind not in IN_A_ROW:
         return "not requeued", ""
-    times = 1
+    if ended.cause == "time limit" and _kind(ended.job, before) == "evaluate":
+        return "not requeued", " It begins anew each time, so its time would not do again. Submit it with more (cluster.time)."
+    times, first_s = 1, ended.at_s
     for event in reversed(before):
         # Other jobs, what comes after training, write into the same record.
         if isinstance(event, Ended) and event.job == ended.job:
             if (event.exit_code, event.step) != (ended.exit_code, ended.step):
                 break
-            times += 1
-    if times >= IN_A_ROW[kind]:
+            times, first_s = times + 1, event.at_s
+    # A lost node may be handed out again until Slurm has noticed.
+    soon = kind == RANK_FAILED and ended.at_s - first_s < 2 * patience_s + _NOTICED_S and times < MOST_IN_A_ROW
+    if times >= IN_A_ROW[kind] and not soon:
         return "not requeued", f" So it ended {times} times in a row without a newer saved state."
     return "requeued", ""
 
 
-def _watch(command: list[str], environment: dict[str, str]) -> tuple[int, dict[int, bool]]:
-    """The command's exit code as a shell has it, and which signals have come so far: the warning, and the one by which Slurm ends a job."""
-    came: dict[int, bool] = {WARNING: False, signal.SIGTERM: False}
+def _kind(job: str, before: list[Event]) -> str:
+    """What the job does: train, evaluate, merge."""
+    return next((event.kind for event in before if isinstance(event, Submitted) and event.job == job), "train")
+
+
+def _watch(command: list[str], environment: dict[str, str], came: list[int], asked: Callable[[int], Cause]) -> tuple[int, dict[int, Cause]]:
+    """The command's exit code as a shell has it; and why signals came: the warning, and the one by which Slurm ends a job.
+
+    Args:
+        came: takes these signals, also those that come later.
+        asked: is told of each once, and says why it came.
+    """
+    known: dict[int, Cause] = {}
     started: list[subprocess.Popen[bytes]] = []
 
     def on_signal(number: int, _: object) -> None:
-        came[number] = True
+        came.append(number)
         if number == WARNING and started and started[0].poll() is None:
             # srun hands it to all ranks. Slurm itself sends them the SIGTERM.
             started[0].send_signal(WARNING)
 
-    for number in came:
+    for number in (WARNING, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
         started.append(subprocess.Popen(command, env=environment))
     except OSError as error:
         raise JobError(f"{command[0]}: {error.strerror}. A batch script runs its ranks by srun.") from None
-    if came[WARNING]:
+    if WARNING in came:
         started[0].send_signal(WARNING)
-    code = started[0].wait()
-    return code if code >= 0 else _SIGNALLED - code, came
+    code = None
+    while code is None:
+        with suppress(subprocess.TimeoutExpired):
+            code = started[0].wait(_POLL_S)
+        for new in [number for number in came if number not in known]:
+            known[new] = asked(new)
+    return code if code >= 0 else _SIGNALLED - code, known
 
 
 def _lost(code: int) -> str:

@@ -16,6 +16,8 @@ from pipeline.cluster.watchdog import RANK_FAILED
 JOB_ERROR, DIVERGED = 2, 4
 REPORTS = "ZLORA_REPORTS"
 """A folder that all ranks see."""
+ATTENDED = "ZLORA_BATCH"
+"""Set for what a batch script runs by `zlora batch`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def report_failure(message: str, exit_code: int, terminal: TextIO, echo: bool = 
         partial.rename(Path(folder) / f"failure.{rank}")
     else:
         print(message, file=terminal, flush=True)
+
+
+def to_go_on(how: str) -> str:
+    """What a person should do, after a blank; nothing where a batch script sees to it, and says what it does."""
+    return "" if os.environ.get(ATTENDED) else f" {how}"
 
 
 def reported(folder: Path) -> dict[int, Failure]:

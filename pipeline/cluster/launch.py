@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.cluster.failures import DIVERGED, REPORTS, Failure, cause, reported
+from pipeline.cluster.failures import DIVERGED, REPORTS, Failure, cause, report_failure, reported, to_go_on
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 from pipeline.job.errors import JobError
@@ -247,7 +247,7 @@ def _watch(children: list[subprocess.Popen[bytes]], folder: Path, training: bool
     if not any(codes):
         return 0
     failure = _first_failure([child.poll() for child in children], folder)
-    print(failure.message, file=sys.stderr)
+    report_failure(failure.message, failure.exit_code, sys.stderr)
     return failure.exit_code
 
 
@@ -258,7 +258,7 @@ def _first_failure(codes: list[int | None], folder: Path) -> Failure:
         if rank in told:
             failures.append(told[rank])
         elif code == STOPPED:
-            failures.append(Failure(rank, code, f"Rank {rank} was asked to stop. Run again to continue.", time.time()))
+            failures.append(Failure(rank, code, f"Rank {rank} was asked to stop.{to_go_on('Run again to continue.')}", time.time()))
         elif code and code < 0:
             name = signal.Signals(-code).name
             hint = " Out of memory is the usual cause." if name == "SIGKILL" else ""

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.job.errors import JobError
 
 _PATIENCE_S = 120.0
+_SLURMD_TIMEOUT_S = 300.0
+"""Where a site has not said otherwise."""
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _DEFAULTS = {"SBATCH_ACCOUNT": "--account", "SBATCH_PARTITION": "--partition", "SBATCH_TIMELIMIT": "--time"}
 ENDED = frozenset(
@@ -44,11 +47,32 @@ def sbatch(script: Path, text: str, options: tuple[str, ...] = ()) -> str:
     return _answer(words, cwd=script.parent, env=_environment(text)).strip().partition(";")[0]
 
 
-def queued(job: str) -> Queued | None:
+@dataclass(frozen=True)
+class Shown(Queued):
+    """A job as scontrol has it."""
+
+    restarts: int
+    """How often it was put back into the queue, this time too where Slurm ends an allocation to do so."""
+    preempted: bool
+    """Another job takes its place: it is in its GraceTime, or at the end of it."""
+
+
+def queued(job: str) -> Shown | None:
     """A job of the queue, also one that has ended lately; None: Slurm does not know it (any more)."""
     done = _run(["scontrol", "--oneliner", "show", "job", job])
-    state, reason = (re.search(rf"\b{name}=(\S+)", done.stdout) for name in ("JobState", "Reason"))
-    return Queued(job, state[1], reason[1] if reason else "None") if state and not done.returncode else None
+    found = dict(re.findall(r"\b(JobState|Reason|Restarts|PreemptTime)=(\S+)", done.stdout))
+    if done.returncode or "JobState" not in found:
+        return None
+    preempted = found.get("PreemptTime", "None") != "None"
+    return Shown(job, found["JobState"], found.get("Reason", "None"), int(found.get("Restarts", 0)), preempted)
+
+
+def patience_s() -> float:
+    """After so long without a sign of life Slurm takes a node out of service (SlurmdTimeout)."""
+    with suppress(JobError):
+        if found := re.search(r"^SlurmdTimeout\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE):
+            return float(found[1])
+    return _SLURMD_TIMEOUT_S
 
 
 @dataclass(frozen=True)

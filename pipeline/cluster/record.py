@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 FILE = "slurm.jsonl"
 Then = Literal["done", "requeued", "not requeued", "left to Slurm"]
+Cause = Literal["time limit", "preempted", "requeued", "cancelled", ""]
+"""Why Slurm ends an allocation: its limit, another job, to start it again (a lost node, or another job), for good; or it does not."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Slurm has told the batch script that the sitting is to end; the last word where the script was killed before it could say more."""
+
+    job: str
+    restart: int
+    signal: str
+    cause: Cause
+
+
+@dataclass(frozen=True)
 class Ended:
     """Missing for a sitting that was killed with its node."""
 
@@ -58,6 +70,9 @@ class Ended:
     step: int
     """Of the newest saved state; 0: none."""
     then: Then
+    cause: Cause = ""
+    at_s: float = 0.0
+    """Since 1970."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,8 @@ class Cancelled:
     job: str
 
 
-Event = Submitted | Began | Ended | Refused | Cancelled
-_KINDS: dict[str, type[Any]] = {"submitted": Submitted, "began": Began, "ended": Ended, "refused": Refused, "cancelled": Cancelled}
+Event = Submitted | Began | Told | Ended | Refused | Cancelled
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Submitted, Began, Told, Ended, Refused, Cancelled)}
 
 
 def note(run: Path, event: Event) -> None:

@@ -8,11 +8,12 @@ from typing import Literal, TypeVar
 
 from pipeline.cluster.failures import DIVERGED, JOB_ERROR
 from pipeline.cluster.queue import Listed
-from pipeline.cluster.record import Began, Cancelled, Ended, Event, Refused, Submitted
+from pipeline.cluster.record import Began, Cancelled, Cause, Ended, Event, Refused, Submitted, Told
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import RANK_FAILED
 
 E = TypeVar("E")
+_AGAIN = "Submit it again, and it goes on."
 State = Literal["waiting", "running", "finished", "stopped", "failed", "cancelled", "not begun"]
 _WAITS = {
     "None": "for its turn",
@@ -30,6 +31,12 @@ _WAITS = {
     "PartitionTimeLimit": "in vain: its time is above the partition's limit",
     "PartitionNodeLimit": "in vain: it asks for more nodes than the partition gives",
     "BadConstraints": "in vain: no node is as it asks",
+}
+_ASKED: dict[Cause, str] = {
+    "time limit": "out of time",
+    "preempted": "preempted",
+    "requeued": "preempted, or a node failed",
+    "cancelled": "cancelled by the user",
 }
 _ENDS = {
     "TIMEOUT": "out of time",
@@ -75,9 +82,10 @@ def standing(events: Sequence[Event], known: Listed | None, kind: str = "train")
     began, ended = _last(own, Began), _last(own, Ended)
     cut = began is not None and (ended is None or ended.restart < began.restart)
     told = None if ended is None or cut else ended
-    why = "The allocation before it was lost with a node." if cut else _why(told)
+    asked = next((event.cause for event in reversed(own) if isinstance(event, Told) and began and event.restart == began.restart), None)
+    why = f"The allocation before it {_unsaid(asked)}." if cut else _why(told)
     if known and not known.over:
-        return _alive(known, _back(told) if began else None, why)
+        return _alive(known, _back(told, asked) if began else None, why)
     if Cancelled(job) in own:
         return Standing("cancelled", "cancelled by the user", _why(told))
     if told and told.exit_code == 0:
@@ -88,11 +96,12 @@ def standing(events: Sequence[Event], known: Listed | None, kind: str = "train")
     if told:
         refused = _last(own, Refused)
         return Standing(*_end_in_words(told), f"{told.why} Slurm did not take it back: {refused.why}" if refused else told.why)
+    if began is None and kind != "train" and (before := standing(events, None)) and before.state in ("failed", "cancelled"):
+        return Standing("cancelled", "the job before it has failed")
     if began is None and known is None:
         return Standing("stopped", "not in the queue any more", "It was cancelled before it began, or Slurm does not answer.")
-    return Standing(
-        "stopped", "lost with a node, or cancelled", "Its last allocation began, and has no end. Submit it again, and it goes on."
-    )
+    words = _ASKED[asked] if asked else "lost with a node"
+    return Standing("cancelled" if asked == "cancelled" else "stopped", words, f"Its last allocation {_unsaid(asked)}. {_AGAIN}")
 
 
 def waits(reason: str) -> str:
@@ -114,13 +123,17 @@ def newest_job(events: Sequence[Event], kind: str = "train") -> str | None:
     return None if kind != "train" else next((event.job for event in reversed(events) if isinstance(event, Began)), None)
 
 
-def _back(told: Ended | None) -> str:
+def _unsaid(asked: Cause | None) -> str:
+    return "began, and has no end" if asked is None else "was ended before it could say more"
+
+
+def _back(told: Ended | None, asked: Cause | None) -> str:
     """Why a job that had begun waits again."""
-    if told is None:
-        return "a node failed"
-    if told.exit_code == STOPPED:
-        # Slurm warns before the limit by SIGUSR1.
-        return "preempted" if "SIGTERM" in told.why or told.then == "left to Slurm" else "time limit"
+    found = told.cause if told else asked
+    if told is None or found == "requeued":
+        return _ASKED[found] if found else "a node failed"
+    if told.exit_code == STOPPED or found:
+        return found or "asked to leave"
     return _end_in_words(told)[1]
 
 
@@ -145,8 +158,10 @@ def _end_in_words(ended: Ended) -> tuple[State, str]:
             return "failed", "diverged"
         case code if code == JOB_ERROR:
             return "failed", "a mistake in the job"
-        case code if code == STOPPED and ended.then == "left to Slurm":
-            return "stopped", "ended by Slurm, saved"
+        case code if ended.cause == "cancelled":
+            return "cancelled", _ASKED["cancelled"]
+        case code if ended.then == "left to Slurm" and ended.cause:
+            return "stopped", _ASKED[ended.cause]
         case code if code == STOPPED:
             return "stopped", "stopped, saved"
         case code if "OutOfMemory" in ended.why or "out of memory" in ended.why:

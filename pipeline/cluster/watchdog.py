@@ -165,7 +165,5 @@ def _report(logs: Path, ranks: int, timeout_s: float, own: Place) -> str:
             lines.append(f"  rank {rank} on {place.host}: step {place.step}, {place.phase}, for {now - place.since:.0f} s")
         except (OSError, ValueError, TypeError):
             lines.append(f"  rank {rank}: has not said")
-    lines.append(
-        "Run again to continue from the last state. What each rank was executing is in logs/; train.timeout_s sets how long to wait."
-    )
+    lines.append("What each rank was executing is in logs/; train.timeout_s sets how long to wait.")
     return "\n".join(lines)

@@ -62,7 +62,9 @@ def plan(
     from pipeline.planning import make_plan, write_mended
     from pipeline.screen import Screen
 
-    found = make_plan(read_job(job, tuple(overrides or ()), lenient=True), gpu, gpus, nodes, example_tokens, examples, price)
+    read = read_job(job, tuple(overrides or ()), lenient=True)
+    options.say_of_sweep(job, read)
+    found = make_plan(read, gpu, gpus, nodes, example_tokens, examples, price)
     if mend:
         write_mended(found, mend)
     if as_json:
@@ -92,15 +94,17 @@ def methods(
 
 
 def fetch(job: options.JobFile, overrides: options.Overrides = None, as_json: options.AsJson = False) -> None:
-    """Download a job's base and data into the hub's cache, so that ranks need no network. Interrupted? The same again goes on.
+    """Download a job's base and data, of a sweep every member's, so that ranks need no network. Interrupted? The same again goes on.
 
     Example: zlora fetch jobs/e2e/local.toml
     """
-    from pipeline.fetch import fetch_job
-    from pipeline.job.read import read_job
+    from pipeline.fetch import fetch_all
+    from pipeline.job.read import read_job, read_members
     from pipeline.screen import Screen
 
-    found = fetch_job(read_job(job, tuple(overrides or ())), Screen(sys.stderr if as_json else sys.stdout))
+    keys = tuple(overrides or ())
+    members = [own for _, own in read_members(job, keys)]
+    found = fetch_all(members or [read_job(job, keys)], Screen(sys.stderr if as_json else sys.stdout))
     if as_json:
         print(json.dumps(found))
 
@@ -126,7 +130,9 @@ def data(
     from pipeline.screen import Screen, json_text
 
     screen = Screen(sys.stderr if as_json else sys.stdout)
-    report = look(read_job(job, tuple(overrides or ())), examples, screen)
+    read = read_job(job, tuple(overrides or ()))
+    options.say_of_sweep(job, read)
+    report = look(read, examples, screen)
     if as_json:
         print(json_text(report))
     else:

@@ -5,6 +5,7 @@ Not made from the job's types: `--help` answers before pydantic could be importe
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ import typer
 from pipeline.job.errors import JobError
 
 if TYPE_CHECKING:
-    from pipeline.job.spec import Decoding
+    from pipeline.job.spec import Decoding, Job
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job, a TOML file.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; runs/<job name> when absent.")]
@@ -35,6 +36,13 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest that have thi
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of one batch on one rank.")]
 Gather = Annotated[Literal["auto", "once", "each_pass"], typer.Option(help="Under ZeRO-3: the whole base on every rank.")]
+
+
+def say_of_sweep(file: Path, job: Job) -> None:
+    """What a command says that looks at one job, where that stands for many."""
+    if job.sweep:
+        more = "--set gives it a member's settings, and zlora submit plans every member"
+        print(f"note: {file} has a [sweep], and this is of the job as it stands: {more}.", file=sys.stderr)
 
 
 def decoding_of(given: dict[str, Any]) -> Decoding:

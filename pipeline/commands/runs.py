@@ -118,6 +118,7 @@ def profile(
     asked = read_job(job, tuple(overrides or ()))
     folder = run or Path("runs") / job.stem
     if not inside_ranks():
+        options.say_of_sweep(job, asked)
         code = launch(sys.argv[1:], ranks)
         if code == JOB_ERROR:
             remove_if_empty_handed(folder)

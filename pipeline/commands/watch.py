@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands import options
+from pipeline.job.printable import printable
 
 Runs = Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; those under runs/ when absent.")]
 OneRun = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -35,10 +36,11 @@ def status(
         print(json.dumps({"schema_version": 1, "runs": [finite(asdict(each)) for each in found], "notes": notes}))
         return
     screen = Screen(sys.stdout)
+    width, _ = screen.size
     if watch:
-        screen.redrawn(lambda: table(*statuses(find_runs(runs or ()))))
+        screen.redrawn(lambda: table(*statuses(find_runs(runs or ())), *screen.size))
     else:
-        screen.draw(table(*statuses(find_runs(runs or ()))))
+        screen.draw(table(*statuses(find_runs(runs or ())), width))
 
 
 def logs(
@@ -51,14 +53,15 @@ def logs(
     Example: zlora logs runs/my --follow
     """
     from pipeline.watch.logs import follow as follow_log
-    from pipeline.watch.logs import logs_of, text_of
+    from pipeline.watch.logs import logs_of, shown, text_of
 
     found = logs_of(run, rank)
     try:
         for log in found[:1] if follow else found:
             if len(found) > 1 and not follow:
-                print(f"==> {log.file} <==", flush=True)
-            for piece in follow_log(log) if follow else text_of(log):
+                print(printable(f"==> {log.file} <=="), flush=True)
+            pieces = follow_log(log) if follow else text_of(log)
+            for piece in shown(pieces) if sys.stdout.isatty() else pieces:
                 sys.stdout.buffer.write(piece)
                 sys.stdout.flush()
     except KeyboardInterrupt:
@@ -76,5 +79,5 @@ def cancel(
     from pipeline.watch.cancel import cancel as cancel_runs
     from pipeline.watch.status import find_runs
 
-    for line in cancel_runs(find_runs(runs), now, lambda text: print(text, file=sys.stderr, flush=True)):
-        print(line)
+    for line in cancel_runs(find_runs(runs), now, lambda text: print(printable(text), file=sys.stderr, flush=True)):
+        print(printable(line))

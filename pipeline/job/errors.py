@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from pipeline.job.printable import printable
+
 
 class JobError(Exception):
     """Something the user can repair. Shown without a traceback; the command exits with code 2.
@@ -15,7 +17,7 @@ class JobError(Exception):
     """
 
     def __init__(self, message: str = "", everywhere: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.everywhere = everywhere
 
 
@@ -27,7 +29,7 @@ def of_system(error: OSError) -> str | None:
     repairable = space + permission + place
     if error.errno not in repairable:
         return None
-    return f"{error.filename or 'writing'}: {error.strerror}. Make room or choose another place, then run again."
+    return printable(f"{error.filename or 'writing'}: {error.strerror}. Make room or choose another place, then run again.")
 
 
 class Diverged(Exception):

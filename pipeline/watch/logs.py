@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pipeline.cluster.queue import listed
 from pipeline.cluster.record import events
 from pipeline.cluster.standing import newest
 from pipeline.job.errors import JobError
+from pipeline.job.printable import printable
 from pipeline.run_folder import LOGS, held
 
 _POLL_S = 0.5
@@ -62,6 +64,14 @@ def text_of(log: Log) -> Iterator[bytes]:
                 yield piece
     except FileNotFoundError:
         return
+
+
+def shown(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """As a terminal may have it: what a model or a library wrote must not steer it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        yield printable(decoder.decode(piece), kept="\n\t\r").encode()
+    yield decoder.decode(b"", final=True).encode()
 
 
 def follow(log: Log) -> Iterator[bytes]:

@@ -95,9 +95,14 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
     if begun(folder) or (folder / FILE).is_file() or (folder / LOGS / "rank0.json").is_file():
         yield folder
     elif depth and folder.is_dir():
-        for child in sorted(folder.iterdir()):
+        for child in sorted(folder.iterdir(), key=_as_people_count):
             if not child.name.startswith("."):
                 yield from _runs_in(child, depth - 1)
+
+
+def _as_people_count(path: Path) -> list[tuple[int, str]]:
+    """rank=4 before rank=16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def tail_rows(file: Path) -> list[dict[str, Any]]:

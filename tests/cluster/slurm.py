@@ -46,6 +46,8 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
@@ -69,7 +71,7 @@ class Slurm:
         self.folder = Path(tempfile.mkdtemp(prefix="zlora-slurm-"))
         self.folder.chmod(0o755)
         self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _SEARCH}
-        self._port = _free_ports(nodes + 1)
+        self._port, self._claim = _free_ports(nodes + 1)
         self._net, self._bridge = f"10.{100 + self._port % 100}.{self._port // 100 % 250}", f"zl{self._port}"
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -158,6 +160,7 @@ class Slurm:
                 self._clear(f"{self._bridge}-{name}", f"{self._bridge}-{number + 1}")
             self._clear("", self._bridge)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.close()
 
     def _bridged(self) -> bool:
         if os.geteuid() != 0 or not all(shutil.which(name, path=_SEARCH) for name in ("ip", "nsenter", "unshare")):
@@ -181,7 +184,12 @@ class Slurm:
             address, machine = (f"{self._net}.{number}", name) if self.isolated else (own, host)
             place = f"NodeHostname={machine} NodeAddr={address} Port={self._port + number}"
             lines.append(f"NodeName={name} {place} CPUs={self._cpus} RealMemory=2000 State=UNKNOWN")
-        lines.append("PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        lines += [
+            "PartitionName=debug Nodes=ALL Default=YES PreemptMode=OFF",
+            # Its jobs give way to those of `high`, and are asked first.
+            "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=60",
+            "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF",
+        ]
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         # None is used, yet slurmd looks for one and may die of what it finds.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -216,14 +224,17 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _free_ports(count: int) -> int:
-    """The first of so many neighbours that nobody listens on."""
+def _free_ports(count: int) -> tuple[int, socket.socket]:
+    """The first of so many neighbours that nobody listens on; and what keeps another Slurm of these tests off them until it is closed."""
     for first in range(21000 + os.getpid() % 300 * 20, 32000, 20):
+        claim = socket.socket(socket.AF_UNIX)
         try:
+            # A name without a file: the system gives it once, and takes it back when the process ends.
+            claim.bind(f"\0zlora-slurm-{first}")
             for port in range(first, first + count):
                 with socket.socket() as trial:
                     trial.bind(("", port))
-            return first
+            return first, claim
         except OSError:
-            continue
+            claim.close()
     raise RuntimeError("no free ports")

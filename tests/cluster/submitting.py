@@ -34,7 +34,7 @@ def submitted(place, name, *overrides, nodes="", step_s=0.0, hold=False, **optio
     return submit(job, Asked(place / "job.toml", place / name, ("zlora", "submit", "job.toml"), **options))["job"]
 
 
-def ended(slurm, job, patience_s=240):
+def ended(slurm, job, patience_s=600):
     """Waits for the job's end; returns its state."""
     deadline = time.monotonic() + patience_s
     while (state := slurm.state(job))["JobState"] not in ENDED:
@@ -43,7 +43,7 @@ def ended(slurm, job, patience_s=240):
     return state["JobState"]
 
 
-def wait_for(done, what, patience_s=180):
+def wait_for(done, what, patience_s=600):
     deadline = time.monotonic() + patience_s
     while not done():
         assert time.monotonic() < deadline, what

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import launch as launcher
-from pipeline.cluster.failures import report_failure
+from pipeline.cluster.failures import ATTENDED, REPORTS, report_failure, reported, to_go_on
 from pipeline.job.errors import JobError
 
 # Called as `RANK_PROGRAM -m pipeline CODE`: runs CODE where a rank would train.
@@ -204,6 +204,19 @@ def test_requests_that_come_while_a_rank_starts_are_kept_for_it(tmp_path):
 def test_a_rank_that_ends_without_a_word_is_named(run, capfd):
     assert run(by_rank(SLEEP, "os._exit(3)"), 2)[0] == 3
     assert "rank 1 ended with exit code 3" in capfd.readouterr().err
+
+
+def test_under_a_batch_script_the_ranks_words_are_handed_on_and_say_nothing_of_going_on(run, tmp_path, capfd, monkeypatch):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    monkeypatch.setenv(REPORTS, str(outer))
+    monkeypatch.setenv(ATTENDED, "7")
+    asked = "from pipeline.cluster.failures import to_go_on; " + say("Stopped.' + to_go_on('Again.') + '", 75)
+    assert run(by_rank(asked, asked), 2)[0] == 75
+    assert capfd.readouterr() == ("", "")
+    assert [(rank, told.exit_code, told.message) for rank, told in reported(outer).items()] == [(0, 75, "Stopped.")]
+    monkeypatch.delenv(ATTENDED)
+    assert to_go_on("Again.") == " Again."
 
 
 def test_a_rank_without_a_launcher_tells_the_terminal(capsys, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pipeline.cluster.record import Began, Ended, Submitted, events
+from pipeline.cluster.standing import standing
 from pipeline.comparing import compare
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
@@ -56,6 +57,13 @@ def sittings(run):
     return [(event.exit_code, event.then) for event in events(run) if isinstance(event, Ended)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def then_job(slurm, place):
+    """What is looked at last, and has to wait for Slurm most."""
+    course = ("cluster.ranks_per_node=1", "train.steps=2", instead(place, ROUND))
+    return submitted(place, "then", *course, then=("evaluate", "merge"))
+
+
 def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm, place, ranks1):
     run = place / "study"
     shown = swept(place, "study", dry_run=True)
@@ -63,7 +71,7 @@ def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm,
     assert not run.exists()
     spoiled = run / "rank=1,seed=2" / "delta"
     spoiled.parent.mkdir(parents=True)
-    found = swept(place, "study", "train.steps=3", instead(place, ROUND), then=("evaluate", "merge"))
+    found = swept(place, "study", "train.steps=3", instead(place, ROUND), then=("merge",))
     array = found["job"]
     assert found["members"] == MEMBERS
     spoiled.touch()  # this member's own mistake: a file that no run wrote
@@ -75,12 +83,12 @@ def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm,
         failed = name == "rank=1,seed=2"
         own = [event for event in events(run / name) if isinstance(event, Ended) and event.job.startswith(f"{array}_")]
         assert [(event.exit_code, event.then) for event in own] == [(75, "requeued"), (2, "not requeued") if failed else (0, "done")]
-    evaluated, merged = (each["job"] for each in found["then"])
+    (merged,) = (each["job"] for each in found["then"])
     for number in (0, 2, 3):
-        for job in (evaluated, merged):
-            assert ended(slurm, f"{job}_{number}") == "COMPLETED", log(run)
-    assert ended(slurm, f"{evaluated}_1") == "CANCELLED"
-    assert set(status_of(run / MEMBERS[1]).then.values()) == {"the job before it has failed"}
+        assert ended(slurm, f"{merged}_{number}") == "COMPLETED", log(run)
+    assert ended(slurm, f"{merged}_1") == "CANCELLED"
+    assert status_of(run / MEMBERS[1]).then == {"merge": "the job before it has failed"}
+    assert standing(events(run / MEMBERS[1]), None, "merge").words == "the job before it has failed", "also when Slurm has forgotten it"
     words = seen(run)
     assert words.pop("rank=1,seed=2") == "a mistake in the job"
     assert set(words.values()) == {"finished"}
@@ -96,7 +104,6 @@ def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm,
         trained(ranks1, place / "job.toml", place / "alone" / name, "train.steps=3", *settings)
         assert rows(run / name) == rows(place / "alone" / name), "to the last bit"
         assert delta_bytes(run / name) == delta_bytes(place / "alone" / name)
-    assert (run / MEMBERS[0] / "predictions" / "valid.jsonl").is_file()
     assert (run / MEMBERS[3] / "merged" / "merge.json").is_file()
     table = compare(find_runs([run]))
     assert table["keys"] == ["methods[0].rank", "train.seed"]
@@ -117,10 +124,8 @@ def test_a_member_of_a_sweep_is_cancelled_with_its_state_saved(slurm, place):
         assert ended(slurm, f"{found['job']}_{number}") == "CANCELLED"
 
 
-def test_what_comes_after_training_waits_for_it_across_requeues_and_own_mistakes_stay(slurm, place):
-    run = place / "then"
-    settings = ("cluster.ranks_per_node=1", "train.steps=2", instead(place, ROUND))
-    job = submitted(place, "then", *settings, then=("evaluate", "merge"))
+def test_what_comes_after_training_waits_for_it_across_requeues(slurm, place, then_job):
+    run, job = place / "then", then_job
     assert ended(slurm, job) == "COMPLETED", log(run)
     assert set(status_of(run).then) == {"evaluate", "merge"}
     noted = {event.kind: event.job for event in events(run) if isinstance(event, Submitted)}
@@ -133,10 +138,7 @@ def test_what_comes_after_training_waits_for_it_across_requeues_and_own_mistakes
     began = [event.job for event in events(run) if isinstance(event, Began)]
     assert sorted(began) == sorted([job] * 2 + [noted["evaluate"]] * 2 + [noted["merge"]] * 2), "each came back once"
     with pytest.raises(JobError, match="merged: is there already, and merging writes over nothing"):
-        submitted(place, "then", *settings, then=("merge",))
-    # Training is finished and says so; scoring fails by its own mistake, once.
-    again = submitted(place, "then", *settings[:2], "evaluate.beams=2", "evaluate.temperature=0.0", then=("evaluate",))
-    assert ended(slurm, again) == "COMPLETED", log(run)
+        submitted(place, "then", "cluster.ranks_per_node=1", "train.steps=2", then=("merge",))
 
 
 def test_what_can_only_fail_after_training_is_refused_before(place):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
-from pipeline.cluster.record import Ended, events, newest_step
+from pipeline.cluster.record import Ended, Submitted, events, newest_step
+from pipeline.commands import watch as door
+from pipeline.watch import cancel as cancel_module
 from pipeline.watch import logs as logs_module
 from pipeline.watch.cancel import cancel
 from pipeline.watch.logs import follow, logs_of
 from pipeline.watch.status import statuses
-from tests.cluster.submitting import ROOT, ended, instead, log, steps_taken, submitted, wait_for
+from tests.cluster.submitting import ended, instead, log, steps_taken, submitted, wait_for
 from tests.training import write_job
 
 COURSE = ("train.steps=400", "train.save_every_steps=100")
@@ -61,7 +61,7 @@ def test_a_job_is_seen_waiting_running_and_cancelled_with_its_state_saved(slurm,
     assert slurm.state(job)["Restarts"] == "0"
     found = status(run)
     assert (found.state, found.words, found.saved_step) == ("cancelled", "cancelled by the user", step)
-    assert found.why == "Stopped on request; everything is saved. The job was cancelled."
+    assert found.why == f"Stopped by SIGUSR1 after step {step} of 400; everything is saved. It was cancelled. Submitted again, it goes on."
     reader.join(20)
     assert not reader.is_alive()
     assert b"".join(followed).decode() == log(run)
@@ -87,14 +87,17 @@ def test_what_waits_is_taken_out_and_now_does_not_wait(slurm, place):
     assert status(run).words == "cancelled by the user"
 
 
-def test_who_does_not_answer_is_cancelled_all_the_same(slurm, place):
-    run = place / "deaf"
-    job = submitted(place, "deaf", "cluster.ranks_per_node=1", instead(place, """sh -c 'trap "" USR1; sleep 90'"""), nodes="node2")
-    (slurm_script,) = (run / "slurm").glob("*.toml")
-    slurm_script.write_text(slurm_script.read_text().replace("warn_s = 120", "warn_s = 60"))
-    wait_for(lambda: status(run).state == "running", "its start")
-    words = [sys.executable, "-m", "pipeline", "cancel", str(run)]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, timeout=100)
-    assert "is asked to save, and has 60 s for it" in shown.stderr
-    assert "nothing is saved" in shown.stdout
+def test_who_does_not_answer_is_cancelled_all_the_same(slurm, place, monkeypatch, capsys):
+    run, up = place / "deaf", place / "up"
+    deaf = instead(place, f"""sh -c 'trap "" USR1; touch {up}; sleep 90'""")
+    job = submitted(place, "deaf", "cluster.ranks_per_node=1", "cluster.warn_s=60", deaf, nodes="node2")
+    (submission,) = (event for event in events(run) if isinstance(event, Submitted))
+    assert cancel_module._patience_s(run, submission) == 60
+    wait_for(up.exists, "its start")
+    monkeypatch.setattr(cancel_module, "_patience_s", lambda *_: 3)
+    door.cancel([run])
+    shown = capsys.readouterr()
+    assert "is asked to save, and has 3 s for it" in shown.err
+    assert "nothing is saved" in shown.out
     assert ended(slurm, job) == "CANCELLED"
+    assert status(run).words == "cancelled by the user"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.cluster import queue
 from pipeline.cluster.queue import Listed, listed
-from pipeline.cluster.record import Began, Cancelled, Ended, Refused, Submitted
+from pipeline.cluster.record import Began, Cancelled, Ended, Refused, Submitted, Told
 from pipeline.cluster.standing import restarts, standing
 from pipeline.job.errors import JobError
 
@@ -19,8 +21,8 @@ ANSWER = """7|RUNNING|node[1,3-5]|1-02:03:04|None
 """
 
 
-def end(code, why="", then="not requeued", restart=0):
-    return Ended("7", restart, code, why, 5, then)
+def end(code, why="", then="not requeued", restart=0, cause=""):
+    return Ended("7", restart, code, why, 5, then, cause)
 
 
 def known(state, reason="None"):
@@ -35,13 +37,13 @@ def known(state, reason="None"):
         ([SUBMITTED], known("PENDING", "SomethingNew"), "waiting", "waits (SomethingNew)"),
         ([SUBMITTED, BEGAN], known("RUNNING"), "running", "running"),
         (
-            [SUBMITTED, BEGAN, end(75, "Stopped by SIGUSR1 after step 5.", "requeued")],
+            [SUBMITTED, BEGAN, end(75, "Stopped by SIGUSR1 after step 5.", "requeued", cause="time limit")],
             known("PENDING", "BeginTime"),
             "waiting",
             "waits to go on (time limit) a moment, to start again",
         ),
         (
-            [SUBMITTED, BEGAN, end(75, "Stopped by SIGTERM after step 5.", "left to Slurm")],
+            [SUBMITTED, BEGAN, end(75, "Stopped by SIGTERM after step 5.", "left to Slurm", cause="preempted")],
             known("PENDING", "Priority"),
             "waiting",
             "waits to go on (preempted) behind jobs of higher priority",
@@ -59,7 +61,18 @@ def known(state, reason="None"):
         ([SUBMITTED, BEGAN, end(2, "error: no such file")], None, "failed", "a mistake in the job"),
         ([SUBMITTED, BEGAN, end(1, "rank 0 failed: OutOfMemoryError('CUDA out of memory')")], None, "failed", "out of memory"),
         ([SUBMITTED, BEGAN, end(76, "A rank was ended by SIGBUS.")], None, "failed", "a rank was killed, lost or hung"),
-        ([SUBMITTED, BEGAN, end(75, "x", "requeued"), Began("7", 1, "node2")], None, "stopped", "lost with a node, or cancelled"),
+        ([SUBMITTED, BEGAN, end(75, "x", "requeued"), Began("7", 1, "node2")], None, "stopped", "lost with a node"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "cancelled")], None, "cancelled", "cancelled by the user"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "preempted")], None, "stopped", "preempted"),
+        ([SUBMITTED, BEGAN, Told("7", 0, "SIGTERM", "preempted"), Began("7", 1, "node2")], None, "stopped", "lost with a node"),
+        ([SUBMITTED, BEGAN, end(75, "x", "left to Slurm", cause="cancelled")], None, "cancelled", "cancelled by the user"),
+        ([SUBMITTED, BEGAN, end(76, "x", "left to Slurm", cause="requeued")], None, "stopped", "preempted, or a node failed"),
+        (
+            [SUBMITTED, BEGAN, end(76, "Lost.", "left to Slurm", cause="requeued")],
+            known("PENDING", "BeginTime"),
+            "waiting",
+            "waits to go on (preempted, or a node failed) a moment, to start again",
+        ),
         ([SUBMITTED], None, "stopped", "not in the queue any more"),
         ([BEGAN], known("RUNNING"), "running", "running"),
     ],
@@ -77,6 +90,9 @@ def test_only_training_counts_and_the_newest_of_it():
     assert restarts(record) == 0
     assert standing(record, None, "evaluate").words == "a mistake in the job"
     assert standing(record, None, "merge") is None
+    # It was taken out of the queue when training had failed, and Slurm has forgotten both.
+    gone = [SUBMITTED, replace(SUBMITTED, job="8", kind="merge"), BEGAN, end(4, "diverged")]
+    assert standing(gone, None, "merge").words == "the job before it has failed"
     again = Submitted("9", "slurm/2.sbatch", "t", "0", "0", 1, 1, ())
     assert standing([*record, again], Listed("9", "PENDING", "Priority", "", "")).state == "waiting"
     assert restarts([*record, again, Began("9", 0, "a"), Began("9", 1, "a")]) == 2
