@@ -24,8 +24,8 @@ class Embedding(nn.Module):
         self.weight: nn.Parameter = original.weight  # type: ignore[assignment]
         self.num_embeddings, self.embedding_dim, self.padding_idx = original.num_embeddings, original.embedding_dim, original.padding_idx
         # Gemma's scales what it looks up.
-        if hasattr(original, "embed_scale"):
-            self.register_buffer("embed_scale", original.embed_scale, persistent=False)
+        if (scale := getattr(original, "embed_scale", None)) is not None:
+            self.register_buffer("embed_scale", scale, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> [..., D]."""
