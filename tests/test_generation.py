@@ -50,9 +50,8 @@ def answers_on_ranks(ranks, base, delta=None, separator=None, prompts=PROMPTS, t
     from pipeline.screen import Screen
     from pipeline.tasks.prompts import read_prompts
 
-    source = Source(
-        str(base), None, delta if isinstance(delta, dict) else {None: delta} if delta else {}, separator, None, memory_config("zero3.json")
-    )
+    deltas = delta if isinstance(delta, dict) else {None: delta} if delta else {}
+    source = Source(str(base), None, deltas, separator, None, memory_config("zero3.json"))
     decoding = Decoding(**{"max_new_tokens": ROOM, **settings})
     try:
         generator = open_generator(source, decoding, too_long, ranks, Screen(io.StringIO(), shown=False))
