@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--prompts 16] [--rounds 5] [--rank 8] [--record FILE]
 
-The base is a random GPT-2 small (124M, fp32), the deltas random LoRA on q and v. A batch is of as many prompts whatever the number of
+The base is that of `step.py`, a random GPT-2 of 6 layers, width 384, fp32, where whatever deltas cost shows most; the deltas are random LoRA on q and v. A batch is of as many prompts whatever the number of
 deltas among them, 32 new tokens each, greedy, no early end; one rank, one thread. Ours is `zlora generate`'s own way; theirs is
 `generate(adapter_names=...)`. Both are in one process and take turns, and their texts are compared; memory is of processes of their own.
 """
@@ -21,9 +21,7 @@ import torch
 from machine import origin
 from rich.console import Console
 from rich.table import Table
-from step import DATA, HERE, TOKENIZER, start
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
+from step import DATA, HERE, make_base, start
 
 from pipeline.job.method import Lora
 from pipeline.job.spec import Base
@@ -92,14 +90,6 @@ def main() -> None:
         rows = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
         head = ["# Serving many deltas: ours beside PEFT's", "", *origin("serve.py", "torch", "deepspeed", "transformers", "peft")]
         asked.record.write_text("\n".join([*head, "", title, "", *rows, "", *lines, ""]), encoding="utf-8")
-
-
-def make_base(folder: Path) -> Path:
-    logging.disable_progress_bar()
-    GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
-    return folder
 
 
 def make_deltas(base: Path, folder: Path, count: int, rank: int) -> int:
