@@ -2,8 +2,9 @@
 
     python benchmarks/serve.py [--prompts 16] [--rounds 5] [--rank 8] [--record FILE]
 
-The base is that of `step.py`, a random GPT-2 of 6 layers, width 384, fp32, where whatever deltas cost shows most; the deltas are random LoRA on q and v. A batch is of as many prompts whatever the number of
-deltas among them, 32 new tokens each, greedy, no early end; one rank, one thread. Ours is `zlora generate`'s own way; theirs is
+The base is that of `step.py`, a random GPT-2 of 6 layers, width 384, fp32, where what deltas cost shows most; the deltas are random LoRA
+on q and v. A batch is of as many prompts whatever the number of deltas among them, greedy, no early end; one rank, one thread. Time is
+the processor's, so that other work on the machine does not count. Ours is `zlora generate`'s own way; theirs is
 `generate(adapter_names=...)`. Both are in one process and take turns, and their texts are compared; memory is of processes of their own.
 """
 
@@ -64,7 +65,7 @@ def main() -> None:
         memory = {way: [measured("memory", count, way) for count in (1, COUNTS[-1])] for way in ("ours", "PEFT")}
         rounds = measured("time", ",".join(map(str, COUNTS)), asked.rounds)
     tokens = asked.prompts * NEW_TOKENS
-    heads = ("deltas in the batch", "ours, ms a token", "PEFT, ms a token", "ours / base alone", "PEFT / base alone", "ours / PEFT")
+    heads = ("deltas in the batch", "ours, CPU ms a token", "PEFT, CPU ms a token", "ours / base alone", "PEFT / base alone", "ours / PEFT")
     cells = []
     for place, count in enumerate(COUNTS):
 
