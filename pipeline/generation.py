@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def converse(generator: Generator, use: str | None) -> None:
         if framed:
             screen.say({"ready": True, "deltas": (BASE, *names) if names else ()})
         place = 0
-        while True:
+        for number in count(1):
             ranks.watch.at("waiting for a prompt")
-            told = from_first(ranks, f"prompt {place}", lambda: json.dumps(next(lines, None)))
+            told = from_first(ranks, f"line {number}", lambda: json.dumps(next(lines, None)))
             if (line := json.loads(told)) is None:
                 return
             try:

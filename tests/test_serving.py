@@ -75,10 +75,10 @@ def test_a_prompt_file_chooses_by_name(gpt2_base, deltas, alone, tmp_path):
         *(f"--delta={name}={deltas[name]}" for name in ("lora", "wide")),
         "--max-new-tokens",
         ROOM,
-        "--use",
-        "wide",
+        "--use=wide",
+        "--ranks=2",
     )
-    done = generate(*options, "--prompt-file", "in.jsonl", "--json", "--ranks", "2", cwd=tmp_path)
+    done = generate(*options, "--prompt-file", "in.jsonl", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert set(told) == {"schema_version", "base", "deltas", "dtype", "prompts", "seconds", "out", "answers"}
