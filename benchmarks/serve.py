@@ -80,10 +80,9 @@ def main() -> None:
     for row in cells:
         table.add_row(*row)
     console.print(table)
-    more = {way: (many - one) / (COUNTS[-1] - 1) / 2**20 for way, (one, many) in memory.items()}
+    processes = "; ".join(f"{way} {one / 2**20:,.0f} and {many / 2**20:,.0f}" for way, (one, many) in memory.items())
     lines = [
-        f"One more delta: {delta_bytes / 2**20:.2f} MiB of tensors. The process grew by {more['ours']:.2f} MiB a delta, PEFT's by "
-        f"{more['PEFT']:.2f}, from 1 to {COUNTS[-1]} deltas, all of them in one batch.",
+        f"One more delta: {delta_bytes / 2**20:.2f} MiB of tensors. MiB of the process with 1 and with {COUNTS[-1]} deltas, all in one batch: {processes}.",
         f"Ratios are medians of {asked.rounds} rounds, ways in turn; the texts are the same. Load of the machine before: {load:.1f}.",
     ]
     console.print("\n".join(lines))

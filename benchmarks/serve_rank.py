@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -31,6 +32,7 @@ from pipeline.train.engine import join_ranks
 
 NEVER = 10**6
 """No token ends a text, so that all do the same work."""
+KEPT = ExitStack()
 Answer = Callable[[list[int]], list[list[int]]]
 """Number of each prompt's delta, -1 for the base alone -> the new tokens of each."""
 
@@ -79,13 +81,13 @@ def timed(
 
 def ours(base: Path, deltas: list[Path], texts: list[str], new_tokens: int) -> Answer:
     ranks = join_ranks()
-    decoding = Decoding(max_new_tokens=new_tokens, batch_tokens=10**6)
+    decoding = Decoding(max_new_tokens=new_tokens, batch_tokens=10**6, gather="once")
     named = {path.name: path for path in deltas}
     source = Source(str(base), None, named, "", "fp32", CONFIG)
     generator = open_generator(source, decoding, "refuse", ranks, Screen(sys.stderr, shown=False))
     ids = generator.tokens.ids(texts)
-    # Held for good: the process ends with it.
-    generator.ready().__enter__()
+    # Kept open until the process ends: the base stays gathered.
+    KEPT.enter_context(generator.ready())
 
     def answer(owners: list[int]) -> list[list[int]]:
         return generate(generator.root, ids, ranks, decoding, (NEVER,), generator.root.context, sharded=False, owners=owners)
