@@ -82,7 +82,8 @@ def main() -> None:
     console.print(table)
     processes = "; ".join(f"{way} {one / 2**20:,.0f} and {many / 2**20:,.0f}" for way, (one, many) in memory.items())
     lines = [
-        f"One more delta: {delta_bytes / 2**20:.2f} MiB of tensors. MiB of the process with 1 and with {COUNTS[-1]} deltas, all in one batch: {processes}.",
+        f"One more delta: {delta_bytes / 2**20:.2f} MiB of tensors. "
+        f"MiB of the process with 1 and with {COUNTS[-1]} deltas, all in one batch: {processes}.",
         f"Ratios are medians of {asked.rounds} rounds, ways in turn; the texts are the same. Load of the machine before: {load:.1f}.",
     ]
     console.print("\n".join(lines))
