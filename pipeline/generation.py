@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from pipeline.cluster.launch import started_here
 from pipeline.generator import Generator, Ready
 from pipeline.job.errors import JobError
 from pipeline.screen import Screen
-from pipeline.tasks.prompts import Asked, line_prompt
+from pipeline.tasks.named import BASE, chosen
+from pipeline.tasks.prompts import Asked, asking, line_prompt
 from pipeline.train.engine import StopAgreed, from_first
 from pipeline.weights.atomic import write_text
 
 STDIN = "(standard input)"
+CHANGE = "/delta"
+"""A line that begins so changes the delta of the prompts behind it, where some are served by name."""
 
 
 def answer_all(generator: Generator, asked: list[Asked], out: Path | None, as_json: bool) -> None:
@@ -40,15 +44,12 @@ def answer_all(generator: Generator, asked: list[Asked], out: Path | None, as_js
         write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         screen.print(f"{len(rows)} answers in {seconds:.1f} s  {out}")
     if as_json:
-        manifest = generator.manifest
         screen.say(
             {
-                "schema_version": 1,
+                "schema_version": 2,
                 "base": generator.source.base,
-                "delta": str(generator.source.delta) if generator.source.delta else None,
-                "step": manifest.step if manifest else None,
+                "deltas": [served.report() for served in generator.served.values()],
                 "dtype": generator.dtype,
-                "separator": generator.separator,
                 "prompts": len(rows),
                 "seconds": round(seconds, 3),
                 "out": str(out) if out else None,
@@ -60,8 +61,13 @@ def answer_all(generator: Generator, asked: list[Asked], out: Path | None, as_js
             screen.say(row)
 
 
-def converse(generator: Generator) -> None:
-    """Answers one line of standard input after another until it ends."""
+def converse(generator: Generator, use: str | None) -> None:
+    """Answers one line of standard input after another until it ends.
+
+    Args:
+        use: name of the delta that begins.
+    """
+    names = tuple(name for name in generator.served if name is not None)
     ranks, screen, framed = generator.ranks, generator.screen, started_here()
     _show(screen, generator)
     lines = _lines() if ranks.first else iter(())
@@ -71,21 +77,32 @@ def converse(generator: Generator) -> None:
         ranks.stop.listen((), lambda name: None)
     with generator.ready() as ready:
         if framed:
-            screen.say({"ready": True})
+            screen.say({"ready": True, "deltas": (BASE, *names) if names else ()})
         place = 0
-        while True:
+        for number in count(1):
             ranks.watch.at("waiting for a prompt")
-            told = from_first(ranks, f"prompt {place}", lambda: json.dumps(next(lines, None)))
+            told = from_first(ranks, f"line {number}", lambda: json.dumps(next(lines, None)))
             if (line := json.loads(told)) is None:
                 return
             try:
-                message = _answer(ready, line_prompt(*line), place, framed)
+                if names and line[0].split()[:1] == [CHANGE]:
+                    use = _change(line[0], line[1], names, use)
+                    if framed:
+                        screen.say({"delta": use or BASE})
+                    continue
+                message = _answer(ready, asking(line_prompt(*line), names, use), place, framed)
             except JobError as error:
                 if not framed:
                     raise
                 message = {"refused": str(error)}
             screen.say(message if framed else message["answer"])
             place += 1
+
+
+def _change(line: str, where: str, names: tuple[str, ...], use: str | None) -> str | None:
+    """The delta from here on; without a name, the one that is used."""
+    name = line.split(maxsplit=1)[1:]
+    return chosen(name[0].strip(), names, where) if name else use
 
 
 def _answer(ready: Ready, asked: Asked, place: int, framed: bool) -> dict[str, Any]:
@@ -110,11 +127,12 @@ def _answer(ready: Ready, asked: Asked, place: int, framed: bool) -> dict[str, A
 
 
 def _show(screen: Screen, generator: Generator) -> None:
-    source, ranks, manifest = generator.source, generator.ranks, generator.manifest
+    source, ranks = generator.source, generator.ranks
     rows = [("base", f"{source.base} ({generator.dtype}, on {ranks.count} x {ranks.device.type.upper()})")]
-    if manifest:
-        rows.append(("delta", f"{source.delta} after {manifest.step} steps"))
-    rows.append(("separator", json.dumps(generator.separator) if generator.separator else "none"))
+    for name, served in generator.served.items():
+        if served.manifest:
+            rows.append((name or "delta", f"{served.given} after {served.manifest.step} steps"))
+        rows.append(("separator", json.dumps(served.separator) if served.separator else "none"))
     screen.table("generate", rows)
 
 

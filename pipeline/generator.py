@@ -1,4 +1,4 @@
-"""A base, with a delta or without, on these ranks: prompts in, texts out. No job and no run folder.
+"""A base, with deltas or without, on these ranks: prompts in, texts out. No job and no run folder.
 
 The model sees a prompt exactly as in training: the delta's manifest says what stands between prompt and completion.
 """
@@ -21,23 +21,23 @@ from pipeline.job.errors import JobError
 from pipeline.job.spec import Decoding, Dtype
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.files import refuse_other_base
+from pipeline.methods.mixed import attach_many
 from pipeline.methods.stored import attach_stored, methods_of
-from pipeline.model.build import TORCH_DTYPES, require_dtype
+from pipeline.model.build import require_dtype
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.families import refuse_encoder
-from pipeline.model.load import load_base
+from pipeline.model.load import LoadedBase, load_base
+from pipeline.model.routing import Routing
 from pipeline.screen import Screen
-from pipeline.tasks.encode import Encoder
+from pipeline.served import Found, Served, dtype_of, read_deltas, serve
 from pipeline.tasks.prompts import Asked
 from pipeline.tasks.specials import Specials, specials_of
 from pipeline.tasks.tokens import Tokens, vocabulary_with
 from pipeline.train.engine import Engine, Ranks, one_rank_first
-from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.hub import local_base
-from pipeline.weights.index import Checkpoint, open_checkpoint
-from pipeline.weights.manifest import Manifest, delta_folder
+from pipeline.weights.index import open_checkpoint
 
 TooLong = Literal["refuse", "truncate"]
 
@@ -49,12 +49,12 @@ class Source:
     base: str
     """Folder or hub id."""
     revision: str | None
-    delta: Path | None
-    """A delta folder, or the run folder that holds it."""
+    deltas: dict[str | None, Path]
+    """By name, delta folders or the run folders that hold them; under None the only one, which then has no name."""
     separator: str | None
-    """Between prompt and completion; None: the delta's own, or none."""
+    """Between prompt and completion; None: each delta's own, or none."""
     dtype: Dtype | None
-    """None: what the delta was trained with, or what the base is stored in."""
+    """None: what the deltas were trained with, or what the base is stored in."""
     memory: Path
     """The DeepSpeed file."""
 
@@ -65,15 +65,11 @@ class Generator:
     screen: Screen
     source: Source
     dtype: Dtype
-    manifest: Manifest | None
-    """Of the delta."""
-    separator: str
+    served: dict[str | None, Served]
+    """By what a prompt asks for."""
     tokens: Tokens
-    encoder: Encoder
     vocabulary: int
     """Ids that the model knows."""
-    specials: Specials | None
-    """What stands around every prompt, by the delta's methods."""
     root: Causal
     engine: Engine
     decoding: Decoding
@@ -91,25 +87,28 @@ class Generator:
     def prompt_tokens(self, asked: list[Asked]) -> list[list[int]]:
         """Raises:
         JobError: a prompt that leaves no room for an answer, by its line; a token that the model has not."""
-        context, room = self.root.context - len(self.specials or ()), self.decoding.max_new_tokens
-        found = []
-        for one, ids in zip(asked, self.encoder.typed([one.prompt for one in asked]), strict=True):
-            if max(ids) >= self.vocabulary:
-                raise JobError(
-                    f"{one.source}: token {max(ids)} is not among the model's {self.vocabulary} embeddings. "
-                    "Use the tokenizer of this base.",
-                    everywhere=True,
-                )
-            if len(ids) >= context and self.too_long == "refuse":
-                raise JobError(
-                    f"{one.source}: {len(ids)} tokens with the separator, which leaves no room for an answer in the base's {context}. "
-                    'Shorten it, or use "--too-long truncate", which cuts its left.',
-                    everywhere=True,
-                )
-            # As evaluation does: what fits stays whole, even where an answer of full length does not.
-            fitted = ids[-max(1, context - room) :] if len(ids) >= context else ids
-            found.append(self.specials.prompt(fitted) if self.specials else fitted)
-        return found
+        ids: dict[int, list[int]] = {}
+        for name, served in self.served.items():
+            places = [place for place, one in enumerate(asked) if one.delta == name]
+            ids |= zip(places, served.encoder.typed([asked[place].prompt for place in places]), strict=True)
+        return [self._fitted(one, ids[place], self.served[one.delta].specials) for place, one in enumerate(asked)]
+
+    def _fitted(self, one: Asked, ids: list[int], specials: Specials | None) -> list[int]:
+        context, room = self.root.context - len(specials or ()), self.decoding.max_new_tokens
+        if max(ids) >= self.vocabulary:
+            raise JobError(
+                f"{one.source}: token {max(ids)} is not among the model's {self.vocabulary} embeddings. Use the tokenizer of this base.",
+                everywhere=True,
+            )
+        if len(ids) >= context and self.too_long == "refuse":
+            raise JobError(
+                f"{one.source}: {len(ids)} tokens with the separator, which leaves no room for an answer in the base's {context}. "
+                'Shorten it, or use "--too-long truncate", which cuts its left.',
+                everywhere=True,
+            )
+        # As evaluation does: what fits stays whole, even where an answer of full length does not.
+        fitted = ids[-max(1, context - room) :] if len(ids) >= context else ids
+        return specials.prompt(fitted) if specials else fitted
 
 
 @dataclass(frozen=True)
@@ -139,71 +138,52 @@ class Ready:
         ends = (tokens.end_id, *decoding.eos_tokens)
         told = None if seen is None or decoding.beams > 1 else lambda texts: seen(tokens.text(texts[0], ends))
         prompts = own.prompt_tokens(asked)
-        ids = generate(own.root, prompts, own.ranks, decoding, ends, context, self.each_pass, progress, told, place)
+        owners = [own.served[one.delta].number for one in asked]
+        ids = generate(own.root, prompts, own.ranks, decoding, ends, context, self.each_pass, progress, told, place, owners)
         return [tokens.text(new, ends) for new in ids]
 
 
 def open_generator(source: Source, decoding: Decoding, too_long: TooLong, ranks: Ranks, screen: Screen) -> Generator:
-    """Loads the base onto these ranks and puts the delta on.
+    """Loads the base onto these ranks and puts the deltas on.
 
     Raises:
-        JobError: no such base or delta, a delta of another base, a delta whose separator is not known.
+        JobError: no such base or delta, a delta of another base, one whose separator is not known, one that does not mix with others.
     """
     zero = deepspeed_config(source.memory)
     folder = one_rank_first(ranks, lambda: local_base(source.base, source.revision))
     config, checkpoint = read_config(folder), open_checkpoint(folder)
     refuse_encoder(config, "generating")
-    delta = delta_folder(source.delta) if source.delta else None
-    stored = read_delta(delta) if delta else None
-    manifest = stored.manifest if stored else None
-    if manifest and manifest.head:
-        raise JobError(f"{delta}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
-    separator = _separator(source.separator, manifest, delta)
-    tokens = Tokens(folder, manifest.added.tokens if manifest and manifest.added else ())
+    deltas = read_deltas(source.deltas, source.separator)
+    alone = deltas.get(None)
+    added = alone.stored.manifest.added if alone else None
+    tokens = Tokens(folder, added.tokens if added else ())
     vocabulary = vocabulary_with(config.vocab_size, tokens.new)
     tokens.require_end()
-    encoder = Encoder(tokens, separator, 0, vocabulary, chat=manifest is not None and manifest.chat)
-    dtype = source.dtype or _default_dtype(manifest, checkpoint, ranks.device)
+    dtype = source.dtype or dtype_of(deltas, checkpoint, ranks.device)
     # Beside loading; remembered for the next time.
-    digests = ThreadPoolExecutor(1).submit(file_digests, checkpoint.files) if manifest and ranks.first else None
+    digests = ThreadPoolExecutor(1).submit(file_digests, checkpoint.files) if deltas and ranks.first else None
     loading = "loading the base"
     torch_dtype = require_dtype(dtype, ranks.device)
     base = load_base(
         folder, config, torch_dtype, ranks.device, zero, progress=lambda names: ranks.watch.over(loading, screen.progress(loading, names))
     )
-    if stored and delta:
+    if deltas:
         digest = [base_digest(digests.result()) if digests else ""]
         dist.broadcast_object_list(digest)
-        refuse_other_base(stored.manifest, delta, digest[0])
-        attach_stored(base, stored, delta, ranks.device)
-    root = Causal(base.model, base.family)
-    specials = specials_of(methods_of(stored.manifest, delta), vocabulary) if stored and delta else None
-    engine = Engine(root, zero)
-    return Generator(
-        ranks, screen, source, dtype, manifest, separator, tokens, encoder, vocabulary, specials, root, engine, decoding, too_long
-    )
+        for one in deltas.values():
+            refuse_other_base(one.stored.manifest, one.folder, digest[0])
+    routing, specials = _attach(base, deltas, vocabulary, ranks.device)
+    served = serve(source.deltas, deltas, specials, tokens, vocabulary, source.separator)
+    root = Causal(base.model, base.family, routing=routing)
+    return Generator(ranks, screen, source, dtype, served, tokens, vocabulary, root, Engine(root, zero), decoding, too_long)
 
 
-def _separator(asked: str | None, manifest: Manifest | None, delta: Path | None) -> str:
-    if asked is not None or manifest is None:
-        return asked or ""
-    if manifest.separator is None:
-        raise JobError(
-            f"{delta}: was trained on several kinds of prompts, so it is not known what ends one. Give it: "
-            "--separator '<|endoftext|>' for E2E, WebNLG and DART with GPT-2, --separator '' for none."
-        )
-    return manifest.separator
-
-
-def _default_dtype(manifest: Manifest | None, checkpoint: Checkpoint, device: torch.device) -> Dtype:
-    names: dict[str, Dtype] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-    stored: dict[torch.dtype, int] = {}
-    for entry in checkpoint.entries.values():
-        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.bytes
-    most = max(stored, key=lambda dtype: stored[dtype])
-    found = next((name for name, dtype in TORCH_DTYPES.items() if dtype == most), "fp32")
-    if manifest and manifest.dtype in names:
-        found = manifest.dtype
-    if device.type == "cpu":
-        return names["fp32" if found == "fp16" else found]
-    return names["fp16" if found == "bf16" and torch.cuda.get_device_capability(device) < (8, 0) else found]
+def _attach(
+    base: LoadedBase, deltas: dict[str | None, Found], vocabulary: int, device: torch.device
+) -> tuple[Routing | None, dict[str | None, Specials | None]]:
+    """What says whose the rows of a batch are, where deltas are mixed; and what stands around the prompts of each."""
+    if alone := deltas.get(None):
+        attach_stored(base, alone.stored, alone.folder, device)
+        return None, {None: specials_of(methods_of(alone.stored.manifest, alone.folder), vocabulary)}
+    routing, specials = attach_many(base, [(one.folder, one.stored) for one in deltas.values()], device)
+    return routing, dict(zip(deltas, specials, strict=True))

@@ -50,7 +50,8 @@ def answers_on_ranks(ranks, base, delta=None, separator=None, prompts=PROMPTS, t
     from pipeline.screen import Screen
     from pipeline.tasks.prompts import read_prompts
 
-    source = Source(str(base), None, delta, separator, None, memory_config("zero3.json"))
+    deltas = delta if isinstance(delta, dict) else {None: delta} if delta else {}
+    source = Source(str(base), None, deltas, separator, None, memory_config("zero3.json"))
     decoding = Decoding(**{"max_new_tokens": ROOM, **settings})
     try:
         generator = open_generator(source, decoding, too_long, ranks, Screen(io.StringIO(), shown=False))
@@ -110,7 +111,7 @@ def test_a_prompt_file_is_answered_line_by_line_and_nothing_is_left(gpt2_base, r
     done = generate(*options, "--prompt-file", "in.jsonl", "--out", "out.jsonl", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert (answer["prompts"], answer["out"], answer["answers"], answer["separator"]) == (5, "out.jsonl", None, " ->")
+    assert (answer["prompts"], answer["out"], answer["answers"], answer["deltas"][0]["separator"]) == (5, "out.jsonl", None, " ->")
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     expected = references(gpt2_base, run / "delta", " ->")
     assert written == [{**row, "prediction": text} for row, text in zip(rows, expected, strict=True)]

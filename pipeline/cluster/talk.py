@@ -1,7 +1,7 @@
 """The person's side of a conversation with the ranks: reads lines, hands them to the first rank, shows what it answers. No torch.
 
 The launcher owns the terminal, so line editing and Ctrl-C are its business: the ranks are no part of the terminal's session.
-A message of the first rank is one JSON object a line: `ready`, `piece` of an answer, the whole `answer`, or `refused`.
+A message of the first rank is one JSON object a line: `ready`, `piece` of an answer, the whole `answer`, another `delta`, or `refused`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def talk(first: subprocess.Popen[bytes], alive: Callable[[], bool]) -> None:
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     messages = _messages(first, alive)
-    if next(messages, None) is None:
+    if (ready := next(messages, None)) is None:
         return
     if terminal:
         print(_HELP)
+        if ready["deltas"]:
+            print(f"/delta NAME changes the delta: {', '.join(ready['deltas'])}.")
     for line in _typed() if terminal else iter(sys.stdin.buffer.readline, b""):
         assert first.stdin is not None
         with suppress(BrokenPipeError):
@@ -93,6 +95,10 @@ def _show(messages: Iterator[dict[str, Any]], terminal: bool) -> bool:
                 else:
                     rest = text[len(shown) :] if text.startswith(shown) else f"\n{text}"
                     print(_plain(rest) + (" [interrupted]" if interrupted else ""), flush=True)
+                return True
+            case {"delta": str(name)}:
+                if terminal:
+                    print(f"delta: {name}", flush=True)
                 return True
             case {"refused": str(reason)}:
                 if not terminal:

@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 def generate(
     context: typer.Context,
     base: Annotated[str, typer.Option("--base", metavar="BASE", help="Folder or hub id of the base.")],
-    delta: Annotated[Path | None, typer.Option("--delta", metavar="DIR", help="A delta folder, or the run folder that holds it.")] = None,
+    delta: Annotated[
+        list[str] | None,
+        typer.Option("--delta", metavar="[NAME=]DIR", help="A delta folder, or the run folder that holds it; once for each, with names."),
+    ] = None,
+    use: Annotated[
+        str | None, typer.Option("--use", metavar="NAME", help="The delta of prompts that say none; the base when absent.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", metavar="FILE", help='One a line; .jsonl: {"prompt": ...} a line, other keys are kept.')
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help='One a line; .jsonl: {"prompt": ..., "delta": NAME} a line.')
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="JSON lines go there; a file that is there is never replaced.")
@@ -57,18 +63,25 @@ def generate(
     """Continue prompts with a base and a delta; without --prompt and --prompt-file, those of a conversation or of standard input.
 
     Answers are JSON lines of prompt and prediction; in a conversation, plain text as it is generated.
-    Ctrl-D ends a conversation, Ctrl-C an answer.
+    Ctrl-D ends a conversation, Ctrl-C an answer, and /delta NAME changes the delta.
 
     Example: zlora generate --base gpt2-medium --delta runs/local --prompt "name : Blue Spice | area : riverside" --beams 4
+
+    Many deltas on one base, each prompt by its own: zlora generate --base gpt2-medium --delta e2e=runs/e2e --delta dart=runs/dart
+    --prompt-file prompts.jsonl
     """
     from pipeline.cluster.launch import inside_ranks, launch
     from pipeline.cluster.talk import talk
     from pipeline.job.files import memory_config
+    from pipeline.tasks.named import named_deltas, used
     from pipeline.tasks.prompts import read_prompts
 
     decoding = options.decoding_of(context.params)
     file = memory_config(memory)
-    asked = read_prompts(prompt or [], prompt_file)
+    deltas = named_deltas(delta or [])
+    names = tuple(name for name in deltas if name is not None)
+    begins = used(use, names)
+    asked = read_prompts(prompt or [], prompt_file, names, begins)
     if not asked and (out or as_json):
         raise JobError(f"{'--out' if out else '--json'}: belongs to --prompt or --prompt-file. Give one of them.")
     if not inside_ranks():
@@ -81,12 +94,12 @@ def generate(
         from pipeline.generation import answer_all, converse
         from pipeline.generator import Source, open_generator
 
-        source = Source(base, revision, delta, separator, dtype, file)
+        source = Source(base, revision, deltas, separator, dtype, file)
         generator = open_generator(source, decoding, too_long, joined, screen)
         if asked:
             answer_all(generator, asked, out, as_json)
         else:
-            converse(generator)
+            converse(generator, begins)
 
     as_rank(None, body, as_json=True)
 

@@ -34,6 +34,7 @@ def generate(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     seen: Callable[[list[list[int]]], None] | None = None,
     place: int = 0,
+    owners: list[int] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until an end token, `max_new_tokens` or the context's end.
 
@@ -44,6 +45,7 @@ def generate(
         progress: wraps the iteration over batches, for a progress bar.
         seen: is handed the texts of this rank's batch so far after each pass.
         place: of the first prompt among all prompts, which sampling depends on.
+        owners: the number of each prompt's delta, where many are served.
 
     Raises:
         StopAgreed: a rank was asked to stop.
@@ -57,9 +59,12 @@ def generate(
     mine: dict[int, list[int]] = {}
     for number in progress(range(max(map(len, shares)))):
         chosen = shares[ranks.rank][number] if number < len(shares[ranks.rank]) else []
+        if owners:
+            # Rows of one delta are neighbours.
+            chosen = sorted(chosen, key=owners.__getitem__)
         rooms = [min(decoding.max_new_tokens, context - len(prompts[i])) for i in chosen]
         search = Search(decoding, end_ids, [prompts[i] for i in chosen], rooms, [place + i for i in chosen])
-        _run(root, search, ranks, context, sharded, seen)
+        _run(root, search, ranks, context, sharded, seen, {place + i: owners[i] for i in chosen} if owners else {})
         if ranks.any(ranks.stop.asked)[0]:
             raise StopAgreed
         mine.update(zip(chosen, search.results(), strict=True))
@@ -83,7 +88,15 @@ def _batches(share: list[int], prompts: list[list[int]], decoding: Decoding) -> 
 
 
 @torch.no_grad()
-def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool, seen: Callable[[list[list[int]]], None] | None) -> None:
+def _run(
+    root: Causal,
+    search: Search,
+    ranks: Ranks,
+    context: int,
+    sharded: bool,
+    seen: Callable[[list[list[int]]], None] | None,
+    owners: dict[int, int],
+) -> None:
     prompts = [text.prompt for text in search.open]
     beams = len(search.open[0].rows) if search.open else 1
     longest = max(map(len, prompts), default=1)
@@ -104,7 +117,9 @@ def _run(root: Causal, search: Search, ranks: Ranks, context: int, sharded: bool
         elif not search.open or ranks.stop.asked:
             return  # the ranks agree on stopping after the batch
         ranks.watch.at("generating")
-        (logits,) = root(decode=Decode(tokens, mask, positions, cache))
+        rows = 1 if first else beams
+        whose = tuple(owners[text.index] for text in search.open for _ in range(rows)) if owners else ()
+        (logits,) = root(decode=Decode(tokens, mask, positions, cache, whose))
         if first and beams > 1:
             logits, mask, positions = (part.repeat_interleave(beams, 0) for part in (logits, mask, positions))
             cache.batch_repeat_interleave(beams)

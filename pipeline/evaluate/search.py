@@ -138,6 +138,8 @@ class Search:
                 if len(tokens) + 1 < size:
                     continue
                 banned = [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == last]
+                # Special tokens of a prompt have ids behind the vocabulary, and no logit.
+                banned = [token for token in banned if token < scores.shape[-1]]
                 scores[text_number * self._k + beam, banned] = -torch.inf
 
     def _sample(self, scores: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from pipeline.job.method import Adapter
 from pipeline.methods.draw import generator_of
 from pipeline.model.families import Family
 from pipeline.model.linear import BaseLinear
+from pipeline.model.routing import OnRows, every_row
 
 _STANDARD_DEVIATION = 0.02
 _NORM_EPS = 1e-5
@@ -60,9 +61,18 @@ class Bottleneck:
 
 
 def attach_adapters(
-    model: PreTrainedModel, family: Family, method: Adapter, place: int, seed: int, device: torch.device
+    model: PreTrainedModel,
+    family: Family,
+    method: Adapter,
+    place: int,
+    seed: int,
+    device: torch.device,
+    on_rows: OnRows = every_row,
 ) -> list[Bottleneck]:
     """Puts adapters into the layers. `down` is drawn from (seed, name), so every rank draws the same.
+
+    Args:
+        on_rows: of a batch that they are meant for, behind layers and norms; a linear map's branches are routed by who collects them.
 
     Raises:
         JobError: the base has no such places, or not so many layers.
@@ -94,9 +104,9 @@ def attach_adapters(
         made.append(draw(f"{layer}.adapter"))
         norm = family.norm_behind_mlp(model.config)
         if norm and method.placement != "lin":
-            model.get_submodule(f"{layer}.{norm}").register_forward_hook(_behind_norm(made[-1]))
+            model.get_submodule(f"{layer}.{norm}").register_forward_hook(_behind_norm(made[-1], on_rows))
         else:
-            model.get_submodule(layer).register_forward_hook(_behind_layer(made[-1]))
+            model.get_submodule(layer).register_forward_hook(_behind_layer(made[-1], on_rows))
     return made
 
 
@@ -111,18 +121,17 @@ def _outputs(family: Family, model: PreTrainedModel, place: int) -> tuple[str, s
     return family.roles["o"].module, family.roles["mlp_out"].module
 
 
-def _behind_layer(adapter: Bottleneck) -> Callable[..., Any]:
+def _behind_layer(adapter: Bottleneck, on_rows: OnRows) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            return adapter.add_to(output, output)
-        return (adapter.add_to(output[0], output[0]), *output[1:])
+            return on_rows(adapter.add_to, output, output)
+        return (on_rows(adapter.add_to, output[0], output[0]), *output[1:])
 
     return hook
 
 
-def _behind_norm(adapter: Bottleneck) -> Callable[..., torch.Tensor]:
+def _behind_norm(adapter: Bottleneck, on_rows: OnRows) -> Callable[..., torch.Tensor]:
     def hook(norm: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        again: torch.Tensor = norm.forward(inputs[0] + adapter.of(output))
-        return again
+        return on_rows(lambda normed, total: norm.forward(total + adapter.of(normed)), output, inputs[0])
 
     return hook

@@ -19,6 +19,7 @@ from pipeline.methods.overlay import Overlay
 from pipeline.methods.prefix import attach_prefix
 from pipeline.methods.subset import BaseParameter, train_base
 from pipeline.model.load import LoadedBase
+from pipeline.model.routing import OnRows, every_row
 from pipeline.tasks.tokens import NewTokens, vocabulary_with
 from pipeline.weights.manifest import Added
 
@@ -92,6 +93,8 @@ def attach(
     head_dropout: float = 0.0,
     train: bool = True,
     new: NewTokens | None = None,
+    on_rows: OnRows = every_row,
+    first_special: int | None = None,
 ) -> Delta:
     """Puts the job's methods onto the base.
 
@@ -99,6 +102,8 @@ def attach(
         labels: of the classes that a head tells apart; None: it puts out a number. Without any there is no head.
         train: the methods' share of the base's own parameters too.
         new: tokens that the base does not know.
+        on_rows: of a batch that the methods are meant for.
+        first_special: id of the first special token; None: what comes after the vocabulary.
 
     Raises:
         JobError: a target, a place or a layer that is not there.
@@ -115,8 +120,9 @@ def attach(
             case Lora():
                 adapted = attach_lora(model, family, method, place, clock, seed, device)
             case Adapter():
-                adapters = attach_adapters(model, family, method, place, seed, device)
+                adapters = attach_adapters(model, family, method, place, seed, device, on_rows)
             case PrefixEmbed() | PrefixLayer():
-                prefix = attach_prefix(base, method, vocabulary_with(model.config.vocab_size, new), seed, device)
+                first = vocabulary_with(model.config.vocab_size, new) if first_special is None else first_special
+                prefix = attach_prefix(base, method, first, seed, device)
     trained = train_base(base, methods, device) if train else ()
     return Delta(methods, tuple(adapted), tuple(adapters), prefix, new_tokens, added, trained, head, clock)

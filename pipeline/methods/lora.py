@@ -61,9 +61,16 @@ class LoraBranch:
     target: str = ""
     """What the job calls it; empty where it comes from a file."""
 
-    def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def scaled_b(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.b.to(dtype) * self.scale
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """(alpha / r) B A x."""
         x = keyed_dropout(x, self.dropout, self.clock, self.layer)
-        share = nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype) * self.scale)
+        return nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.scaled_b(x.dtype))
+
+    def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        share = self.of(x)
         if share.shape == output.shape:
             return output + share
         rows = self.rows.of(output)

@@ -38,4 +38,6 @@ class Overlay:
 
     def put(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Also with none of its ids about: a rank without examples must have a backward pass as the others have."""
+        if not len(self._slots) and not torch.is_grad_enabled():
+            return hidden
         return hidden.index_put(self._places, rows[self._slots].to(hidden.dtype))

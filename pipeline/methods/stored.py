@@ -18,17 +18,28 @@ from pipeline.methods.files import restore_added, restore_placed
 from pipeline.methods.lora import LoraBranch, Rows
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import LoadedBase
+from pipeline.model.routing import OnRows, every_row
 from pipeline.model.zero3 import fill, shape_of
 from pipeline.tasks.tokens import NewTokens
 from pipeline.weights.delta import StoredDelta
 from pipeline.weights.manifest import MANIFEST, Manifest
 
 
-def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: torch.device) -> None:
+def attach_stored(
+    base: LoadedBase,
+    stored: StoredDelta,
+    folder: Path,
+    device: torch.device,
+    on_rows: OnRows = every_row,
+    first_special: int | None = None,
+    fill_base: bool = True,
+) -> None:
     """Puts everything but a head into the model.
 
     Args:
         folder: of the delta, for messages.
+        on_rows: see `attach`; so `first_special`.
+        fill_base: its parameters of the base too, in the place of the base's own.
 
     Raises:
         JobError: a module or parameter that the model does not have, or of another shape.
@@ -44,7 +55,7 @@ def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: t
     placed = tuple(method for method in methods_of(stored.manifest, folder) if isinstance(method, Adapter | PrefixEmbed | PrefixLayer))
     added = stored.manifest.added
     new = NewTokens(added.tokens, added.ids) if added else None
-    delta = attach(base, placed, 0, device, train=False, new=new)
+    delta = attach(base, placed, 0, device, train=False, new=new, on_rows=on_rows, first_special=first_special)
     restore_placed(delta, stored, folder, "Name the base it was trained on.")
     if not restore_added(delta, stored):
         raise JobError(f"{folder}: its added tokens are not of this base. Name the base it was trained on.")
@@ -52,7 +63,8 @@ def attach_stored(base: LoadedBase, stored: StoredDelta, folder: Path, device: t
     for name, tensor in stored.replaced.items():
         if name not in parameters or shape_of(parameters[name]) != tuple(tensor.shape):
             raise JobError(f"{folder}: {name} of shape {list(tensor.shape)} is not in this base. Name the base it was trained on.")
-        fill(parameters[name], tensor)
+        if fill_base:
+            fill(parameters[name], tensor)
 
 
 def methods_of(manifest: Manifest, folder: Path) -> tuple[Method, ...]:

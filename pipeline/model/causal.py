@@ -16,6 +16,7 @@ from pipeline.model.attention import no_mask
 from pipeline.model.families import Family
 from pipeline.model.head import head_loss
 from pipeline.model.pooler import Pooler
+from pipeline.model.routing import Routing
 from pipeline.tasks.batch import MicroBatch
 
 
@@ -30,6 +31,8 @@ class Decode:
     positions: torch.Tensor
     """[B, T]"""
     cache: Cache
+    owners: tuple[int, ...] = ()
+    """[B] number of each row's delta, where many are served."""
 
 
 class Readout(Protocol):
@@ -47,15 +50,17 @@ class Readout(Protocol):
 class Causal(nn.Module):
     """Args:
     readout: a head that takes the place of the vocabulary projection in scoring a batch.
+    routing: is told whose the rows of a decode are, where many deltas are served.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, readout: Readout | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, readout: Readout | None = None, routing: Routing | None = None) -> None:
         super().__init__()
         self.model = model
         self._family, self._body = family, family.body
         self._first_position = family.first_position(model.config)
         self._token_types = family.token_types and model.config.type_vocab_size > 1
         self._readout = readout
+        self._routing = routing
 
     @property
     def context(self) -> int:
@@ -83,6 +88,8 @@ class Causal(nn.Module):
             return self._readout(hidden, batch, smoothing)
         if decode is None:
             raise TypeError("Causal needs a batch or a decode")
+        if self._routing is not None:
+            self._routing.set(decode.owners, decode.tokens.device)
         inputs = {
             "input_ids": decode.tokens,
             "position_ids": decode.positions,

@@ -5,13 +5,14 @@ A `.jsonl` file has one {"prompt": "..."} a line, its other keys are kept beside
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.job.errors import JobError
 from pipeline.tasks.files import lines
 from pipeline.tasks.json_rows import Row, field, json_lines
+from pipeline.tasks.named import chosen
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,20 @@ class Asked:
     """File and line, or the option, for messages."""
     row: Row
     """The other keys of its line."""
+    delta: str | None = None
+    """Which of those that are served by name is asked for; None: the base alone, or the only delta."""
 
     def answered(self, prediction: str) -> dict[str, Any]:
         """One line of output; a key `prediction` that was there gives way."""
         return {**self.row, "prompt": self.prompt, "prediction": prediction}
 
 
-def read_prompts(texts: list[str], file: Path | None) -> list[Asked]:
+def read_prompts(texts: list[str], file: Path | None, names: tuple[str, ...] = (), use: str | None = None) -> list[Asked]:
     """The prompts of the command line, or those of a file; none where neither is given.
+
+    Args:
+        names: of the deltas that are served.
+        use: the one of a prompt that says none.
 
     Raises:
         JobError: both are given, no such file, one without prompts, a bad line by its number.
@@ -38,16 +45,28 @@ def read_prompts(texts: list[str], file: Path | None) -> list[Asked]:
     if texts and file is not None:
         raise JobError(f"--prompt and --prompt-file {file} are both given. Keep one of them.")
     if file is None:
-        return [as_prompt(text, f"--prompt {number}") for number, text in enumerate(texts, 1)]
+        return [asking(as_prompt(text, f"--prompt {number}"), names, use) for number, text in enumerate(texts, 1)]
     if not file.is_file():
         raise JobError(f"--prompt-file {file}: there is no such file (looked in {file.absolute().parent}).")
     if file.suffix == ".jsonl":
-        asked = [Asked(field(row, "prompt", str, where), where, row) for row, where in json_lines(file)]
+        asked = [asking(Asked(field(row, "prompt", str, where), where, row), names, use) for row, where in json_lines(file)]
     else:
-        asked = [line_prompt(line, f"{file}:{number}") for number, line in lines(file)]
+        asked = [asking(line_prompt(line, f"{file}:{number}"), names, use) for number, line in lines(file)]
     if not asked:
         raise JobError(f"--prompt-file {file}: holds no prompt. Give it at least one line.")
     return asked
+
+
+def asking(one: Asked, names: tuple[str, ...], use: str | None) -> Asked:
+    """A prompt with the delta that it asks for, where some are served by name: that of its row, else `use`.
+
+    Raises:
+        JobError: none of that name is served.
+    """
+    if not names:
+        return one
+    delta = chosen(one.row["delta"], names, one.source) if "delta" in one.row else use
+    return replace(one, delta=delta, row={**one.row, "delta": delta})
 
 
 def line_prompt(line: str, where: str) -> Asked:

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, NoRepeatNGramLogitsProcessor
 
 from pipeline.evaluate.metrics.own import bleu
+from pipeline.evaluate.search import Search
+from pipeline.job.spec import Decoding
 from tests.training import write_job
 
 PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe Mill high cheap", "pub", "Italian city", "x" * 100, "The", "French pub"]
@@ -104,6 +106,13 @@ def test_beam_search_is_transformers_own(base, settings, ranks2, tmp_path):
         no_repeat_ngram_size=settings.get("no_repeat_ngram", 0),
     )
     assert ours == theirs
+
+
+def test_special_tokens_of_a_prompt_ban_nothing():
+    logits = torch.arange(10.0)[None]
+    for tokens, best in (([10, 11, 3], 9), ([9, 10, 11], 8)):
+        search = Search(Decoding(no_repeat_ngram=1), (0,), [tokens], [5], [0])
+        assert search.advance(logits.clone()).tokens.tolist() == [best]
 
 
 class GeneratedOnly(NoRepeatNGramLogitsProcessor):
