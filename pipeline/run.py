@@ -20,7 +20,7 @@ from pipeline.screen import Screen
 from pipeline.session import open_session
 from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
-from pipeline.train.loop import Course, take_steps
+from pipeline.train.loop import Course, rehearse, take_steps
 from pipeline.train.step import Stepper
 from pipeline.writer import Writer
 
@@ -63,6 +63,7 @@ def train(job: Job, run: Path, ranks: Ranks, screen: Screen, fresh: bool = False
         screen.print(f"not scored: there is no {job.evaluate.split} split")
     progress = good = start.progress
     told: set[str] = set()
+    rehearse(course, stepper, ranks)
     # From here on somebody looks for requests to stop, and there may be something half-written.
     ranks.stop.can_wait, ranks.watch.steps = True, course.steps
     with Writer(session, run, course, data.files, stepper, start, best) as writer, screen.training(course.steps, progress.step) as bar:

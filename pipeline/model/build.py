@@ -19,6 +19,10 @@ from pipeline.model.unknown import family_of
 from pipeline.model.vocabulary import Embedding, is_plain
 from pipeline.plan.hardware import computes_bf16, without_kernels
 
+_ACTIVATIONS = ("activation_function", "hidden_act", "hidden_activation")
+"""Keys of configs."""
+_FUSED, _SAME_AS_FUSED = "gelu_pytorch_tanh", ("gelu_new", "gelu_fast")
+"""One kernel that keeps its input alone, for the same function written in many steps, which keep four to six tensors of the FFN's width."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,6 +40,9 @@ def build(config: PretrainedConfig, dropout: float) -> tuple[PreTrainedModel, Fa
         setattr(config, key, dropout)
     for key in family.off:
         setattr(config, key, 0.0)
+    for key in _ACTIVATIONS:
+        if getattr(config, key, None) in _SAME_AS_FUSED:
+            setattr(config, key, _FUSED)
     attention.register()
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():

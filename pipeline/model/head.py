@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.model.vocabulary import Columns, gathered_counts, whole_table
 from pipeline.model.zero3 import OwnRows, own_rows
+from pipeline.plan.tables import chunk_logits
 
 
 class HeadLoss(NamedTuple):
@@ -38,8 +39,6 @@ class HeadLoss(NamedTuple):
 
 Collect = Callable[[torch.Tensor], None]
 """Takes a gradient of the whole tensor in."""
-_CHUNK_LOGITS = 1 << 25
-"""Elements of the logits held at a time: 128 MiB in fp32."""
 
 
 class Head(nn.Module):
@@ -107,37 +106,34 @@ class Head(nn.Module):
     def _chunks(self, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, with_gradient: bool, columns: Columns) -> HeadLoss:
         """The loss of each row; with columns of one rank, its share of the gradients."""
         weight, softcap = columns.weight, self.softcap
-        losses, nlls = [], []
-        gradient = torch.empty_like(hidden) if with_gradient else None
+        losses, nlls = [hidden.new_empty(0, dtype=torch.float32)], [hidden.new_empty(0, dtype=torch.float32)]
+        gradient = torch.zeros_like(hidden) if with_gradient else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient and self.collect else None
         of_added = torch.zeros_like(self.added[1]) if with_gradient and self.added else None
-        count = max(1, _CHUNK_LOGITS // columns.most)
-        for first in range(0, len(labels), count):
+        # As many on every rank. One piece of memory for all runs: what is new to the process costs time.
+        count = min(len(labels), max(1, chunk_logits(hidden.device.type) // columns.most))
+        space = hidden.new_empty(count, self._outputs(weight), dtype=torch.float32)
+        for first in range(0, len(labels), max(1, count)):
             part, label = hidden[first : first + count], labels[first : first + count]
-            logits = self._linear(part, weight).float()
+            logits = self._into(space[: len(part)], part, weight)
             bent = None
             if softcap is not None:
-                bent = logits.div_(softcap).tanh_()
-                logits = softcap * bent
+                bent = logits.div_(softcap).tanh()
+                torch.mul(bent, softcap, out=logits)
             # A label of another rank's stands nowhere here.
             mine = (label >= columns.first) & (label < columns.first + logits.shape[1])
             place = (label - columns.first).clamp(0, max(0, logits.shape[1] - 1))[:, None]
-            slope, log_p, mean_log_p = columns.softmax(logits, place, mine)
-            del logits
+            log_p, mean_log_p = columns.softmax_(logits, place, mine, with_gradient, bool(smoothing))
             nlls.append(-log_p)
             losses.append((smoothing - 1.0) * log_p - smoothing * mean_log_p if smoothing else -log_p)
-            if gradient is None:
-                continue
-            if not slope.shape[1]:
-                gradient.zero_()
+            if gradient is None or not logits.shape[1]:
                 continue
             if smoothing:
-                slope -= smoothing / columns.vocabulary(slope)
-            slope.scatter_add_(1, place, (mine * (smoothing - 1.0))[:, None].to(slope.dtype))
+                logits -= smoothing / columns.vocabulary(logits)
+            logits.scatter_add_(1, place, (mine * (smoothing - 1.0))[:, None].to(logits.dtype))
             if bent is not None:
-                slope *= bent.square_().neg_().add_(1.0)
-            slope = slope.to(part.dtype)
-            through = gradient[first : first + count]
+                logits *= bent.square_().neg_().add_(1.0)
+            slope, through = logits.to(part.dtype), gradient[first : first + count]
             if self.added is None:
                 torch.mm(slope, weight, out=through)
             else:
@@ -150,8 +146,24 @@ class Head(nn.Module):
                 through += slope @ weight
             if of_weight is not None:
                 of_weight += slope.t() @ part
-        nothing = hidden.new_zeros(0, dtype=torch.float32)
-        return HeadLoss(torch.cat([nothing, *losses]), torch.cat([nothing, *nlls]), gradient, of_weight, of_added)
+        return HeadLoss(torch.cat(losses), torch.cat(nlls), gradient, of_weight, of_added)
+
+    def _outputs(self, weight: torch.Tensor) -> int:
+        return max(weight.shape[0], int(self.added[0][-1]) + 1) if self.added else weight.shape[0]
+
+    def _into(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Writes those of x [M, D]."""
+        rows = logits[:, : weight.shape[0]]
+        if x.dtype == logits.dtype:
+            torch.mm(x, weight.t(), out=rows)
+        else:
+            rows.copy_(x @ weight.t())
+        if self.bias is not None:
+            rows += self.bias
+        if self.added is not None:
+            ids, own = self.added
+            logits[:, ids] = nn.functional.linear(x, own.to(x.dtype)).float()
+        return logits
 
 
 class _Attach(torch.autograd.Function):

@@ -112,37 +112,43 @@ class Columns:
     def vocabulary(self, logits: torch.Tensor) -> int:
         return self.rows.vocabulary if self.rows else logits.shape[1]
 
-    def softmax(self, logits: torch.Tensor, place: torch.Tensor, mine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Args:
+    def softmax_(
+        self, logits: torch.Tensor, place: torch.Tensor, mine: torch.Tensor, scaled: bool, meant: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes probabilities of logits, in place.
+
+        Args:
             logits: [M, R] fp32.
             place: [M, 1] of the label among them.
             mine: [M] whether it is there.
+            scaled: the probabilities are needed.
+            meant: the mean is.
 
         Returns:
-            Probabilities [M, R]; log-probability of the label [M], and its mean over the vocabulary [M].
+            Log-probability of the label [M], and its mean over the vocabulary [M].
         """
-        own = logits.new_zeros(4, len(logits))
+        top, sums, label, total = own = logits.new_zeros(4, len(logits))
+        count = self.vocabulary(logits)
         if logits.shape[1]:
-            own[0] = logits.amax(-1)
-            own[2] = logits.gather(1, place)[:, 0].where(mine, 0.0)
-            own[3] = logits.sum(-1)
+            torch.amax(logits, -1, out=top)
+            label.copy_(logits.gather(1, place)[:, 0].where(mine, 0.0))
+            if meant:
+                torch.sum(logits, -1, out=total)
+            logits.sub_(top[:, None]).exp_()
+            torch.sum(logits, -1, out=sums)
         else:
-            own[0] = torch.finfo(logits.dtype).min
-        found = logits.softmax(-1)
-        if logits.shape[1]:
-            # The largest is exp(0) over the sum of exp(logit - largest).
-            own[1] = 1.0 / found.amax(-1)
+            top.fill_(torch.finfo(logits.dtype).min)
         everyone = own[None]
         if self.rows is not None:
             everyone = own.new_empty(self.rows.ranks, *own.shape)
             all_gather(everyone.flatten(0, 1), own, self.rows)
-        tops, sums, label, total = everyone.unbind(1)
-        top = tops.amax(0)
-        whole = (sums * (tops - top).exp()).sum(0)
-        if self.rows is not None:
-            found *= (own[1] * (own[0] - top).exp() / whole)[:, None]
+        tops, all_sums, labels, totals = everyone.unbind(1)
+        highest = tops.amax(0)
+        whole = (all_sums * (tops - highest).exp()).sum(0)
+        if scaled:
+            logits *= ((top - highest).exp() / whole)[:, None]
         log_whole = whole.log()
-        return found, label.sum(0) - top - log_whole, total.sum(0) / self.vocabulary(logits) - top - log_whole
+        return labels.sum(0) - highest - log_whole, totals.sum(0) / count - highest - log_whole
 
 
 def gathered_counts(rows: OwnRows, count: int, device: torch.device) -> Gathered:

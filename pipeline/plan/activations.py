@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pipeline.plan.adapted import Everywhere
 from pipeline.plan.layers import MicroBatch, Term, collected, held_by
 from pipeline.plan.shapes import Kept, Shape
-from pipeline.plan.tables import Loss
+from pipeline.plan.tables import Loss, chunk_logits
 
-CHUNK_LOGITS = 1 << 25
-"""Elements of the logits held at a time, as pipeline/model/head.py has it."""
 _FP32 = 4
 
 
@@ -52,12 +50,14 @@ def activations(
     labels: bool = False,
     sharers: int | None = None,
     loss: Loss | None = None,
+    device: str = "cuda",
 ) -> Activations:
     """Args:
     dropout: the base's own.
     labels: a task's own head takes the place of the vocabulary projection.
     sharers: ranks that share a matrix of the base. None: it is whole on each.
     loss: where no rank has the head's table.
+    device: computes.
     """
     e, hidden = element_bytes, batch.tokens * shape.width * element_bytes
 
@@ -116,18 +116,18 @@ def activations(
         inside = max(inside, now + total(part.forward) + hidden)
         alone = max(alone, (total(part.alone) or max(total(part.forward), total(part.keeps))) + 2 * hidden)
     inside = alone if checkpointing else inside
-    return Activations(kept, 0 if labels else _logits(shape, batch, e, head, loss), inside, worst, common + alone, finish, top.terms)
+    return Activations(
+        kept, 0 if labels else _logits(shape, batch, e, head, loss, device), inside, worst, common + alone, finish, top.terms
+    )
 
 
-def _logits(shape: Shape, batch: MicroBatch, e: int, head: int, loss: Loss | None) -> int:
+def _logits(shape: Shape, batch: MicroBatch, e: int, head: int, loss: Loss | None, device: str) -> int:
     labels, columns = (loss.labels, loss.columns) if loss else (batch.label_tokens, shape.vocabulary)
-    rows = min(labels, max(1, CHUNK_LOGITS // columns))
-    # Two fp32 tensors of a run of rows, three where they are bent; from the second run on, the run before is still there. And the last
-    # hidden states.
-    logits = (2 + (rows < labels) + shape.softcapped) * _FP32 * rows * columns
-    if head:
-        # One of them, another in the base's dtype, and a run's share of the weight's gradient.
-        logits = max(logits, (4 if e == _FP32 else 4 + e) * rows * shape.vocabulary + head * e)
+    rows = min(labels, max(1, chunk_logits(device) // columns))
+    # A run of rows in fp32, where they are bent twice; in half precision also as the product gives and takes them. A trained head has a
+    # run's share of its gradient.
+    logits = (_FP32 * (1 + shape.softcapped) + (e if e != _FP32 else 0)) * rows * columns + head * e
+    # The last hidden states.
     return logits + (batch.label_tokens + batch.tokens) * shape.width * e + (loss.held * e if loss else 0)
 
 

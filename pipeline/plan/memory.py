@@ -215,7 +215,18 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     batch = batch or _full(asked)
     sharers = asked.sharers if asked.stage == 3 else None
     loss = asked.loss(batch.label_tokens)
-    acts = activations(shape, asked.adapted, batch, e, asked.checkpointing, asked.dropout, bool(asked.head_outputs), sharers, loss)
+    acts = activations(
+        shape,
+        asked.adapted,
+        batch,
+        e,
+        asked.checkpointing,
+        asked.dropout,
+        bool(asked.head_outputs),
+        sharers,
+        loss,
+        "cpu" if gpu.name == "cpu" else "cuda",
+    )
     if asked.head_outputs:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pipeline.job.errors import JobError
 from pipeline.plan.shapes import Kept, Part
 
-FACTORS = {"gelu": 1, "gelu_pytorch_tanh": 1, "relu": 1, "silu": 1, "gelu_new": 4, "gelu_fast": 6, "quick_gelu": 3}
-"""Tensors of the FFN's width that an activation function keeps. Of 0.5 x (1 + tanh(...)): x, tanh, 0.5 x and 1 + tanh."""
+FACTORS = {"gelu": 1, "gelu_pytorch_tanh": 1, "relu": 1, "silu": 1, "gelu_new": 1, "gelu_fast": 1, "quick_gelu": 3}
+"""Tensors of the FFN's width that an activation function keeps, as pipeline/model/build.py has it computed."""
 
 
 def linear(name: str, inputs: int, outputs: int, bias: bool, roles: tuple[str, ...], stage: int, lane: int = 0) -> Part:
@@ -107,7 +107,7 @@ def activation(name: str, function: str, ffn: int, gated: bool, where: str, lane
         raise JobError(f'{where}: activation "{function}" is not known to the plan. Known are {", ".join(FACTORS)}.')
     # Of f(x) y: what f keeps, f(x) and y.
     factors = FACTORS[function] + (2 if gated else 0)
-    backward = 3 if gated or function == "gelu_new" else 2
+    backward = 3 if gated else 2
     return Part(
         name, stage=7, lane=lane, keeps=(Kept("activation function", f"{factors} N F e", factors * ffn),),
         forward=(_moment(2 * ffn),), backward=(_moment(backward * ffn),),

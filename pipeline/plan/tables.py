@@ -11,6 +11,11 @@ from pipeline.plan.adapted import Everywhere
 from pipeline.plan.shapes import Shape, shard
 
 
+def chunk_logits(device: str) -> int:
+    """Elements of the logits held at a time: 128 MiB in fp32, for products large enough for a GPU; on a CPU, what its caches may keep."""
+    return 1 << 22 if device == "cpu" else 1 << 25
+
+
 @dataclass(frozen=True)
 class Tables:
     """Those whose rows are used where they are."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -81,6 +82,53 @@ class Taken:
     """Loss or gradient was not finite, so nothing changed."""
     stop: bool
     """Some rank was asked to stop: all ranks see it at the same step."""
+
+
+def rehearse(course: Course, stepper: Stepper, ranks: Ranks) -> None:
+    """A micro-batch as full as they come, of the longest examples, forward and back, before anything is written: what does not fit is known
+    now, and not when these examples come.
+
+    Raises:
+        JobError: it does not fit into this rank's GPU.
+    """
+    if course.steps == course.start.step:
+        return
+    ranks.watch.at("rehearsing the longest examples")
+    chosen, train = _fullest(course, ranks), course.train
+    try:
+        stepper.rehearse(collate([course.data[index] for index in chosen], chosen, train.packing, ranks.device))
+    except torch.OutOfMemoryError:
+        tokens, most = sum(map(course.data.tokens, chosen)), torch.cuda.max_memory_allocated(ranks.device) / 2**30
+        less = max(course.data.longest, train.micro_batch_tokens // 2)
+        raise JobError(
+            f"train.micro_batch_tokens = {train.micro_batch_tokens}: {tokens} tokens of the longest examples do not fit beside the "
+            f"{most:.1f} GiB that were there when it failed. Set it to {less}, or memory.gradient_checkpointing = true, "
+            "or see what zlora plan says."
+        ) from None
+
+
+def _fullest(course: Course, ranks: Ranks) -> list[int]:
+    """Examples of the fullest micro-batch that this rank may get."""
+    data, train = course.data, course.train
+    lengths = data.lengths()
+    longest = np.argsort(-lengths, kind="stable")[: train.batch_examples].tolist()
+    dealt = deal([int(lengths[index]) for index in longest], ranks.count, train.micro_batch_tokens, train.packing)[ranks.rank]
+    if len(dealt) == 1:
+        return [longest[place] for place in dealt[0]]
+    room = train.micro_batch_tokens
+    if not train.packing:
+        return longest[: max(1, room // int(lengths[longest[0]]))]
+    # Where a step takes several, any examples may come together.
+    chosen: list[int] = []
+    counts = np.bincount(lengths)
+    counts[0] = 0
+    while len(chosen) < train.batch_examples and (fitting := np.flatnonzero(counts[: room + 1])).size:
+        length = int(fitting[-1])
+        taken = min(int(counts[length]), room // length, train.batch_examples - len(chosen))
+        chosen += np.flatnonzero(lengths == length)[:taken].tolist()
+        room -= taken * length
+        counts[length:] = 0
+    return chosen
 
 
 def take_steps(course: Course, stepper: Stepper, ranks: Ranks) -> Iterator[Taken]:

@@ -114,6 +114,14 @@ class Stepper:
         self._skip(lower_scale=not bad)
         return StepResult(loss, norm, scale, bad, suspects, bool(stop))
 
+    def rehearse(self, batch: MicroBatch) -> None:
+        """A micro-batch forward and back, as in a step, which changes nothing."""
+        self._delta.clock.keys = batch.keys
+        loss, *_ = self._root(batch=batch, smoothing=self._train.label_smoothing)
+        (loss * 0.0).backward()
+        self._engine.after_backward()
+        self._delta.clock.keys = None
+
     def held(self) -> dict[str, list[torch.Tensor]]:
         """What this rank has of the master weights, of their gradients and of the moments."""
         weights = [*self._tensors.values(), *(shard.master for shard in self._shards.values())]
