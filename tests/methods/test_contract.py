@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from pipeline.deltas.merge import merge
 from pipeline.evaluate.generate import generate
 from pipeline.job.errors import JobError
-from pipeline.job.method import Method
+from pipeline.job.method import Method, trains_tables
 from pipeline.job.spec import Base, Decoding, Train
 from pipeline.job.zero import deepspeed_config
 from pipeline.methods.attach import Delta, attach
@@ -103,7 +103,7 @@ class Ours:
 
 def open_ours(folder: Path, family: str, name: str | None, config: dict) -> Ours:
     methods = methods_for(name, family) if name else ()
-    base = load_base(folder, read_config(folder), torch.float32, CPU, config)
+    base = load_base(folder, read_config(folder), torch.float32, CPU, config, trains_tables=trains_tables(methods))
     encoder = base.family.encoder
     delta = attach(base, methods, 1, CPU, LABELS if encoder else ())
     sequences = SEQUENCES
