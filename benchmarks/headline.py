@@ -32,8 +32,8 @@ def headline(results: Path) -> str:
     shared = [f"{100 * case['ratios']['of_the_limit']:.0f} %" for case in trained["cases"] if case["ranks"] == 2]
     lines += [
         "",
-        f"Of the bare step (the frozen model, LoRA and AdamW, packed, with no sharding and no framework) it reaches {_span(limits)} on one rank, and",
-        f"{_span(shared)} of two side by side where two ranks share the base. {trained['measured_on'][1].removeprefix('- ').capitalize()};",
+        "Of the bare step (the frozen model, LoRA and AdamW, packed, with no sharding and no framework) it reaches",
+        f"{_span(limits)} on one rank, and {_span(shared)} of two side by side where two ranks share the base. {trained['measured_on'][1].removeprefix('- ').capitalize()};",
         f"{trained['measured_on'][0].removeprefix('- ').split(';')[0]}. Each number is ours / theirs.",
         "",
     ]
