@@ -21,6 +21,7 @@ BASES = {"gpt2-small": "GPT-2, 30M", "gpt2": "GPT-2, 124M", "llama": "Llama, 101
 def headline(results: Path) -> str:
     """Markdown."""
     trained, long = (json.loads((results / f"{name}.json").read_text()) for name in ("train", "long"))
+    date, hardware = (line.removeprefix("- ").split(";")[0] for line in trained["measured_on"][:2])
     lines = [
         "| training E2E beside PEFT + Trainer + DeepSpeed, both on ZeRO-3 | examples/s | peak memory | first step after |",
         "|---|---|---|---|",
@@ -33,8 +34,8 @@ def headline(results: Path) -> str:
     lines += [
         "",
         "Of the bare step (the frozen model, LoRA and AdamW, packed, with no sharding and no framework) it reaches",
-        f"{_span(limits)} on one rank, and {_span(shared)} of two side by side where two ranks share the base. {trained['measured_on'][1].removeprefix('- ').capitalize()};",
-        f"{trained['measured_on'][0].removeprefix('- ').split(';')[0]}. Each number is ours / theirs.",
+        f"{_span(limits)} on one rank, and {_span(shared)} of two side by side where two ranks share the base.",
+        f"Each number is ours / theirs. {hardware.capitalize()}; {date}.",
         "",
     ]
     return "\n".join(lines)
