@@ -27,12 +27,15 @@ from torch import nn
 
 from pipeline.job.errors import JobError
 from pipeline.job.zero import for_deepspeed, group_of, nvme_path_of
+from pipeline.plan.gathering import prefetch_of
 from pipeline.weights.mapped import mapped
 
 Fill = Callable[[int, torch.Tensor], None]
 """(first element, destination 1-D tensor) -> writes the elements from there on into the destination."""
 _EVER = timedelta(days=1)
 """The watchdog gives up first (pipeline/train/engine.py)."""
+_NEXT = -1
+"""In place of a module's number among a parameter's users: the next micro-batch."""
 
 
 class Partitioner:
@@ -179,6 +182,30 @@ def release_rows(root: nn.Module) -> None:
         if any(hasattr(p, "row_elements") for p in module.parameters(recurse=False)):
             module._parameters = _Parameters(module, module._parameters.items())
             module._forward_pre_hooks, module._forward_hooks = _not_zero_s(module._forward_pre_hooks), _not_zero_s(module._forward_hooks)
+
+
+class Keeping:
+    """Weights that a micro-batch leaves gathered for the next one of the step, where the memory configuration lets all of them be at once.
+
+    The plan reckons with it: pipeline/plan/gathering.py.
+    """
+
+    def __init__(self, root: nn.Module, zero: dict[str, Any]) -> None:
+        # Any: see Partitioner.
+        parameters: list[Any] = [p for p in root.parameters() if hasattr(p, "ds_tensor") and not hasattr(p, "row_elements")]
+        self._parameters = parameters if prefetch_of(zero).keeps(sum(map(numel_of, parameters))) else []
+
+    def before_backward(self, again: bool) -> None:
+        """Args:
+        again: another micro-batch follows. What is gathered now stays behind the backward pass.
+        """
+        for parameter in self._parameters:
+            # DeepSpeed releases no parameter that a module is using.
+            users: set[int] = parameter.ds_active_sub_modules
+            if again and parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                users.add(_NEXT)
+            else:
+                users.discard(_NEXT)
 
 
 @torch.no_grad()

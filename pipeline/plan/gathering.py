@@ -31,6 +31,10 @@ class Prefetch:
     live: int
     reuse: int
 
+    def keeps(self, elements: int) -> bool:
+        """Whether all of a base of so many, but for its tables, may be gathered at once: then micro-batches hand it on."""
+        return elements <= min(self.live, self.reuse)
+
 
 def prefetch_of(zero: dict[str, Any]) -> Prefetch:
     section = zero["zero_optimization"]
@@ -65,12 +69,12 @@ class Gathered:
     """What stays gathered from step to step: parameters below the persistence threshold."""
     fetched: int
     """Of whole parameters: how much is put together on each rank."""
-    changed: int = 0
-    """Of that, small matrices that the step before has changed: they stay gathered behind the first micro-batch."""
+    again: int = 0
+    """Fetched by each micro-batch behind a step's first: what did not stay gathered for it."""
 
     def in_step(self, micro_batches: int) -> int:
         """Fetched by so many."""
-        return self.fetched * micro_batches - self.changed * (micro_batches - 1)
+        return self.fetched + self.again * (micro_batches - 1)
 
 
 @dataclass(frozen=True)
@@ -84,25 +88,31 @@ class _Visit:
     """Forward: something may be kept for a backward pass."""
 
 
-def gathered(shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False) -> Gathered:
-    """Of one micro-batch in a step after the first two.
+def gathered(
+    shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False, several: bool = False
+) -> Gathered:
+    """Of any micro-batch in a step after the first two.
 
     Args:
         ranks: those that share one copy of the base. 1: it is copied from where it is, tensor by tensor.
         labels: a task's own head takes the place of the vocabulary projection.
+        several: micro-batches make a step.
     """
     sizes, visits, stale = _trace(shape, adapted, prefetch, checkpointing, labels)
     small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
-    changed = sum(size for p, size in small.items() if p in stale)
-    between = sum(small.values()) - changed
+    between = sum(size for p, size in small.items() if p not in stale)
     # DeepSpeed goes on releasing what it decided to release in the pass after the recorded one.
     first = _Follower(sizes, visits, prefetch, ranks, small.keys() & _left(visits) - stale)
     first.run()
     follower = _Follower(sizes, visits, prefetch, ranks, small.keys() - stale, first.decisions)
     follower.run()
-    most = follower.most
+    # A micro-batch between two others. Nothing that a step has changed changes before the next one.
+    kept = follower.behind_forward if prefetch.keeps(sum(sizes)) else frozenset[int]()
+    later = _Follower(sizes, visits, prefetch, ranks, small.keys() | kept, first.decisions, kept)
+    later.run()
+    most = {name: max(count, later.most[name]) for name, count in follower.most.items()} if several else follower.most
     forward = max(most["start"], most["below"], most["layers"], most["head"])
-    return Gathered(forward, **most, between=between, fetched=follower.fetched, changed=changed)
+    return Gathered(forward, **most, between=between, fetched=follower.fetched, again=later.fetched)
 
 
 def _trace(
@@ -212,10 +222,12 @@ class _Follower:
         ranks: int,
         available: Set[int],
         decisions: list[set[int]] | None = None,
+        kept: Set[int] = frozenset(),
     ) -> None:
         """Args:
         available: gathered at the start. What a step changed is gathered again, however small (pipeline/model/zero3.py).
         decisions: what each release lets go. None: it is decided.
+        kept: stays for the next micro-batch.
         """
         self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
         self._order = [visit for visit in visits if visit.passes != "release"]
@@ -223,6 +235,9 @@ class _Follower:
         self._decided = iter(decisions) if decisions is not None else None
         self.decisions: list[set[int]] = []
         """What each release let go."""
+        self.behind_forward: frozenset[int] = frozenset()
+        """Available when the forward pass ends."""
+        self._kept = kept
         self._available = set(available)
         self._inflight: dict[int, _Group] = {}
         self._live_elements = 0
@@ -261,6 +276,8 @@ class _Follower:
                 held.update(visit.parameters)
             elif visit.leaves and not held.intersection(visit.parameters):
                 self._release(visit)
+            if place == last:
+                self.behind_forward = frozenset(self._available)
 
     def _moment(self, place: int, last: int) -> str:
         """Args:
@@ -339,7 +356,7 @@ class _Follower:
         return leaving
 
     def _drop(self, parameters: set[int]) -> None:
-        for p in parameters & self._available:
+        for p in (parameters & self._available) - self._kept:
             self._available.discard(p)
             self._live_elements -= self._sizes[p]
             self._elements -= self._sizes[p]

@@ -231,7 +231,8 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
         acts = replace(acts, logits=batch.label_tokens * (asked.head_outputs + shape.width) * _FP32)
     sharded = asked.stage == 3
     own_head, seen = bool(asked.head_outputs), min(asked.sharers, 8)
-    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head) if asked.copies else _NOTHING
+    several = asked.micro_batches > 1
+    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head, several) if asked.copies else _NOTHING
     base = asked.shard_bytes
     # A CPU rank computes where shards in main memory are.
     away = sharded and (asked.offload == "nvme" or (asked.offload == "cpu" and gpu.name != "cpu"))

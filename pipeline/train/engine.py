@@ -24,7 +24,7 @@ from pipeline.cluster.stop import StopRequest
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.job.errors import JobError
 from pipeline.job.zero import for_deepspeed, zero_stage
-from pipeline.model.zero3 import release_rows
+from pipeline.model.zero3 import Keeping, release_rows
 
 T = TypeVar("T")
 _LONG = timedelta(days=1)
@@ -175,7 +175,15 @@ class Engine:
     def __init__(self, root: nn.Module, zero: dict[str, Any]) -> None:
         self.root = root
         self._offload = deepspeed.initialize(model=root, config=for_deepspeed(zero))[0].optimizer if zero_stage(zero) == 3 else None
+        self._keeping = Keeping(root, zero) if self._offload is not None else None
         release_rows(root)
+
+    def before_backward(self, again: bool) -> None:
+        """Args:
+        again: another micro-batch of the step follows.
+        """
+        if self._keeping is not None:
+            self._keeping.before_backward(again)
 
     def after_backward(self) -> None:
         """Releases blocks whose post-backward hook never fired: their input needs no gradient."""

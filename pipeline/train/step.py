@@ -89,6 +89,7 @@ class Stepper:
             self._ranks.watch.at(f"micro-batch {number} of {len(micro_batches)}")
             self._delta.clock.keys = batch.keys
             loss, *_ = self._root(batch=batch, smoothing=self._train.label_smoothing)
+            self._engine.before_backward(again=number < len(micro_batches))
             (loss * (scale / target_tokens)).backward()
             self._engine.after_backward()
             losses.append(loss.detach())
