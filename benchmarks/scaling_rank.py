@@ -1,6 +1,6 @@
 """One rank of `scaling.py`: takes steps until the trace is there, and counts all that comes from other ranks in one more.
 
-A case has a `job` (a TOML file), `set` (overrides), `tokens` of each example (one is a micro-batch), `micro_batches`, and
+A case has a `job` (a TOML file), `set` (overrides), `ranks`, `tokens` of each example (one is a micro-batch), `micro_batches`, and
 `per_node` ranks of a node that is thought of. Every rank looks up as many rows of each other one as of its own, each once, and every
 token has a label: what the plan reckons with. `measured` answers with elements gathered and bytes received; `said` is the plan of it.
 """
@@ -74,7 +74,7 @@ class Received:
         own = dist.get_rank()
         for rank, count in zip(dist.get_process_group_ranks(group or dist.group.WORLD), parts, strict=True):
             self.bytes[kind] += count if rank != own else 0
-            self.bytes[f"{kind} from other nodes"] += count if rank // self.per_node != own // self.per_node else 0
+            self.bytes[f"far {kind}"] += count if rank // self.per_node != own // self.per_node else 0
 
 
 def measured(ranks: Ranks, case: dict[str, Any], received: Received) -> dict[str, int]:
@@ -95,9 +95,10 @@ def measured(ranks: Ranks, case: dict[str, Any], received: Received) -> dict[str
     received.bytes.clear()
     with watched_gathers() as gathers:
         stepper(STEPS - 1, batches, targets, 1e-4)
-    found = dict(received.bytes)
+    found = {name: received.bytes[name] for name in ("gathers", "far gathers", "swaps", "far swaps", "reduced")}
     engine.release()
-    return {"elements": gathers.elements, "invalidations": gathers.invalidations, "exchanged": gathers.exchanged_bytes} | found
+    # One rank has it all: nothing is gathered from others.
+    return found | {"elements": gathers.elements if ranks.count > 1 else 0, "invalidations": gathers.invalidations}
 
 
 def batch_of(tokens: int, vocabulary: int, ranks: Ranks) -> MicroBatch:
@@ -109,21 +110,19 @@ def batch_of(tokens: int, vocabulary: int, ranks: Ranks) -> MicroBatch:
     return replace(batch, label_index=torch.arange(tokens, device=ranks.device), labels=labels)
 
 
-def said(case: dict[str, Any], ranks: int) -> dict[str, int]:
-    """The plan, with so many ranks."""
-    job = read_job(Path(case["job"]), tuple(case["set"]))
+def said(case: dict[str, Any]) -> dict[str, int]:
+    """The plan of it."""
+    job, ranks = read_job(Path(case["job"]), tuple(case["set"])), case["ranks"]
     zero, shape = deepspeed_config(Path(job.memory.config)), read_shape(Path(job.base.model))
-    nodes = max(1, ranks // case["per_node"])
-    asked = setting(job, zero, shape, gpu_of("cpu"), ranks, nodes, 0, None)
+    asked = setting(job, zero, shape, gpu_of("cpu"), ranks, ranks // case["per_node"], 0, None)
     found = memory(asked)
     done = work(asked, found)
     return {
         "elements": found.gathered.in_step(asked.micro_batches),
-        "invalidations": 0,
-        "gathered": done.gathered_bytes,
-        "exchanged": done.exchanged_bytes,
+        "received": done.gathered_bytes + done.exchanged_bytes,
         "between_nodes": done.between_nodes_bytes,
         "reduced": done.reduced_bytes,
+        "invalidations": 0,
     }
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pipeline.plan.adapted import Everywhere
 from pipeline.plan.shapes import Shape, shard
 
+_ID = 8
+"""Bytes of a token's id, of a label and of a count."""
+
 
 def chunk_logits(device: str) -> int:
     """Elements of the logits held at a time: in fp32 128 MiB, for products large enough for a GPU; on a CPU 32 MiB, from where on they are
@@ -59,6 +62,8 @@ class Loss:
     """Of hidden states that come from other ranks."""
     table: int
     """Of the table where it is gathered, since that is less to send."""
+    told_bytes: int
+    """Of others' labels, their number, and each rank's four fp32 sums of every row of logits."""
 
 
 def loss_of(shape: Shape, labels: int, ranks: int, added: bool) -> Loss:
@@ -69,10 +74,13 @@ def loss_of(shape: Shape, labels: int, ranks: int, added: bool) -> Loss:
     everyone, width, columns = labels * ranks, shape.outer_width, -(-shape.vocabulary // ranks)
     if added or 2 * everyone > shape.vocabulary:
         table = columns * ranks * width if ranks > 1 else 0
-        return Loss(labels, shape.vocabulary, table, 0, table)
-    return Loss(everyone, columns, 2 * everyone * width, (ranks - 1) * labels * width, 0)
+        return Loss(labels, shape.vocabulary, table, 0, table, (ranks - 1) * _ID)
+    told = (ranks - 1) * (_ID + labels * _ID + everyone * 4 * 4)
+    return Loss(everyone, columns, 2 * everyone * width, (ranks - 1) * labels * width, 0, told)
 
 
-def looked_up(shape: Shape, tokens: int, ranks: int) -> int:
-    """Elements of the embedding that come from other ranks for a micro-batch, at most: each token's row once."""
-    return min(tokens, shape.vocabulary) * shape.outer_width * (ranks - 1) // ranks
+def looked_up(shape: Shape, tokens: int, ranks: int) -> tuple[int, int]:
+    """Elements of the embedding that come from other ranks for a micro-batch, at most: each token's row once; and bytes of the ids by which
+    they ask for theirs, evenly spread, and of how many those are."""
+    rows = min(tokens, shape.vocabulary)
+    return rows * shape.outer_width * (ranks - 1) // ranks, (rows * (ranks - 1) // ranks + ranks - 1) * _ID

@@ -26,7 +26,8 @@ class Work:
     between_nodes_bytes: int
     """What each node receives of it, and instead of it, from other nodes in a step."""
     exchanged_bytes: int
-    """What each rank receives in a step instead of the vocabulary's tables: looked-up rows, others' hidden states, its own's gradients."""
+    """What each rank receives in a step instead of the vocabulary's tables: looked-up rows, others' hidden states, its own's gradients,
+    and the ids, labels and sums that go with them."""
     reduced_bytes: int
     """Of gradients that ranks sum in a step: one all-reduce of what is whole, and for each micro-batch those of trained matrices that are
     sharded."""
@@ -44,15 +45,16 @@ def work(asked: Setting, found: Memory) -> Work:
     per_token = _flops_per_token(asked)
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
-    rows, states, table = _exchanged(asked)
+    swapped, told, table = _exchanged(asked)
     fetched = (found.gathered.in_step(asked.micro_batches) + table) * asked.element_bytes
     gathered = fetched * (sharers - 1) // sharers
-    exchanged = (rows + 2 * states) * asked.element_bytes
+    exchanged = swapped + told
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
     spanned = 1 if asked.local_ranks % sharers == 0 else max(2, -(-sharers // asked.local_ranks))
     between = fetched * (spanned - 1) // spanned
-    # Hidden states come to a node once for all its ranks.
-    between += (asked.local_ranks * (rows + states) + states) * asked.element_bytes * (spanned - 1) // spanned
+    if spanned > 1:
+        # Of what comes from others, that of the other nodes. What all ranks are told comes to a node once.
+        between += (asked.local_ranks * swapped + told) * sharers * (spanned - 1) // (spanned * (sharers - 1))
     runs = sum(asked.sharded_matrices)
     whole, scattered = (asked.trained - runs + 2) * 4, runs * 4 * asked.micro_batches
     seconds = (gathered + exchanged) / gpu.peers_bytes_s + between / gpu.node_bytes_s
@@ -83,14 +85,16 @@ def work(asked: Setting, found: Memory) -> Work:
 
 
 def _exchanged(asked: Setting) -> tuple[int, int, int]:
-    """Elements of one rank in a step, with a label on every token: rows of the embedding and hidden states that come from other ranks (as
-    many gradients go back to it), and the head's table where that is gathered."""
+    """Of one rank in a step, with a label on every token: bytes that each other rank sends to this one alone (ids and rows of the embedding,
+    gradients of its hidden states), bytes that they send to all (their hidden states, labels and sums), and the elements of the head's table
+    where that is gathered."""
     tokens = min(asked.micro_batch_tokens, -(-asked.batch_examples * asked.example_tokens // asked.ranks))
-    rows = looked_up(asked.shape, tokens, asked.sharers) if asked.tables.embedding else 0
-    loss, count = asked.loss(tokens), asked.micro_batches
-    if loss is None:
-        return rows * count, 0, 0
-    return rows * count, loss.states * count, loss.table * count
+    rows, ids = looked_up(asked.shape, tokens, asked.sharers) if asked.tables.embedding else (0, 0)
+    swapped, told, table = rows * asked.element_bytes + ids, 0, 0
+    if loss := asked.loss(tokens):
+        swapped += loss.states * asked.element_bytes
+        told, table = loss.states * asked.element_bytes + loss.told_bytes, loss.table
+    return swapped * asked.micro_batches, told * asked.micro_batches, table * asked.micro_batches
 
 
 def model_flops(asked: Setting, lengths: Iterable[int], labels: int) -> tuple[float, float]:
