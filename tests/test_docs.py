@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -26,11 +27,28 @@ from tests.tasks.reading import read_examples
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_of_job_keys_is_the_code(monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_jobs", ROOT / "docs" / "make_jobs.py")
+@pytest.mark.parametrize("name", ["jobs", "scaling"])
+def test_a_made_page_is_what_its_script_makes(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"make_{name}", ROOT / "docs" / f"make_{name}.py")
     maker = importlib.util.module_from_spec(spec)
+    # Its dataclasses look for their module there.
+    monkeypatch.setitem(sys.modules, spec.name, maker)
     spec.loader.exec_module(maker)
-    assert (ROOT / "docs" / "jobs.md").read_text() == maker.page(), "run: python docs/make_jobs.py"
+    assert (ROOT / "docs" / f"{name}.md").read_text() == maker.page(), f"run: python docs/make_{name}.py"
+
+
+def test_the_recorded_bytes_between_ranks_are_the_plan_s():
+    file = ROOT / "benchmarks" / "results" / "scaling.json"
+    if not file.exists():
+        pytest.skip("not recorded: run python benchmarks/scaling.py --record benchmarks/results/scaling.md")
+    rows = json.loads(file.read_text())["settings"]
+    assert {row["ranks"] for row in rows} == {1, 2, 4, 8}
+    assert {row["group"] for row in rows if row["ranks"] == 8} == {2, 4, 8}
+    for row in rows:
+        assert row["measured"] == row["plan"], row
+        assert row["measured"]["invalidations"] == 0
+        if row["group"] < row["ranks"]:
+            assert row["measured"]["between_nodes"] == 0
 
 
 def test_the_page_of_methods_has_every_kind_and_what_the_command_prints():
