@@ -1,4 +1,4 @@
-"""Writes docs/scaling.md from the plan: `python docs/make_scaling.py`. A test keeps the two equal. No torch, no GPU: shapes and arithmetic."""
+"""Writes docs/scaling.md from the plan: `python docs/make_scaling.py`. A test keeps the two equal. No torch, no GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.job.method import Lora
 from pipeline.job.spec import Job
 from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import ATTAINED, GIB, gpu_of
@@ -23,36 +21,45 @@ COUNTS, NODE = (8, 16, 32, 64, 128, 256, 512), 8
 GPUS = {"v100-32g": "V100-32", "a100-80g": "A100-80"}
 LONG, SHORT = 2048, 512
 """Tokens of a micro-batch, which is one example; a step is one micro-batch on every GPU."""
+COLUMNS = (
+    *("GPUs", "sharded over", "memory GiB", "gathered GB", "exchanged GB", "between nodes GB", "to hide"),
+    *("step s", "tokens/s", f"at {SHORT}"),
+)
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": False, "vocab_size": 32000}
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
 HEAD = f"""# Scaling
 
-What the plan says of bases of 7B and 70B (the shapes of Llama 2) and of 175B (GPT-3) on 8 to 512 GPUs: memory, bytes that move, and how fast it would be.
-No step of these has been run: it is arithmetic on shapes, made by `docs/make_scaling.py`. What is measured is that the bytes are counted rightly:
-[benchmarks/results/scaling.md](../benchmarks/results/scaling.md), on 1, 2, 4 and 8 gloo ranks, with groups and without, equal to the plan to the byte.
+What the plan says of bases of 7B and 70B (the shapes of Llama 2) and of 175B (GPT-3) on 8 to 512 GPUs: memory, bytes that move, and how
+fast it would be. No step of these has been run: it is arithmetic on shapes, made by `docs/make_scaling.py`. What is measured is that
+the bytes are counted rightly: [benchmarks/results/scaling.md](../benchmarks/results/scaling.md), on 1, 2, 4 and 8 gloo ranks, with
+groups and without, equal to the plan to the byte.
 
-**Assumed.** LoRA of rank 16 on q, k, v, o; fp16 on V100, bf16 on A100; activations recomputed; a step is one micro-batch of {LONG:,} tokens on every GPU, so it grows with
-the GPUs; memory configuration as `"auto"` makes it (a layer gathered ahead, nothing kept longer than it is used). {NODE} GPUs a node; to their peers 150 GB/s (V100) and
-300 GB/s (A100), between nodes 50 and 200 GB/s a node, in one direction; all of them the makers' figures, reached in full. Computing reaches {ATTAINED:.0%} of the
-maker's dense rate, and gathers run beside it: a step takes the longer of both. Correct these by one measured step
-(`zlora profile`), and by `zlora doctor --nodes N` for the links. Host memory, disks and the queue are not in it.
+**Assumed.** LoRA of rank 16 on q, k, v, o; fp16 on V100, bf16 on A100; activations recomputed; a step is one micro-batch of {LONG:,}
+tokens on every GPU, so it grows with the GPUs; memory configuration as `"auto"` makes it (a layer gathered ahead, nothing kept longer
+than it is used). {NODE} GPUs a node; to their peers 150 GB/s (V100) and 300 GB/s (A100), between nodes 50 and 200 GB/s a node, in one
+direction; all of them the makers' figures, reached in full. Computing reaches {ATTAINED:.0%} of the maker's dense rate, and gathers run
+beside it: a step takes the longer of both. Correct these by one measured step (`zlora profile`), and by `zlora doctor --nodes N` for
+the links. Host memory, disks and the queue are not in it.
 
-**Columns.** *sharded over*: the GPUs of a node (`zero_hpz_partition_size = {NODE}`: each node holds a copy of the base) or all. *memory*: the most of a training step on a
-GPU, context and margin included; **bold** does not fit. *gathered*: what a GPU receives of the base in a step, from its node and from others.
-*exchanged*: what it receives in place of the vocabulary's tables. *between nodes*: what a node takes in from others, once for all its GPUs. *to hide*: tokens of a
-micro-batch from which on computing takes longer than these. *tokens/s*: of all GPUs; *at {SHORT}*: with micro-batches of {SHORT} tokens.
-GB are 10^9 bytes, GiB 2^30. A way that does not fit has no speed.
+**Columns.** *sharded over*: the GPUs of a node (`zero_hpz_partition_size = {NODE}`: each node holds a copy of the base) or all.
+*memory*: the most of a training step on a GPU, context and margin included; **bold** does not fit. *gathered*: what a GPU receives of
+the base in a step, from its node and from others. *exchanged*: what it receives in place of the vocabulary's tables. *between nodes*:
+what a node takes in from others, once for all its GPUs. *to hide*: tokens of a micro-batch from which on computing takes longer than
+these. *tokens/s*: of all GPUs; *at {SHORT}*: with micro-batches of {SHORT} tokens. GB are 10^9 bytes, GiB 2^30. A way that does not fit
+has no speed.
 """
-TAIL = f"""## What to choose
+TAIL = """## What to choose
 
 1. **Whole on every GPU, if it fits** (`zero0.json`): nothing is gathered, and all that crosses nodes is the delta's gradient.
-2. **Else within nodes** (`zero3_node.json`), if a node holds the base beside activations: nothing of the base crosses nodes, a GPU's memory and what it
-   receives do not depend on the number of nodes, and short micro-batches keep their speed.
-3. **Else over all GPUs** (`zero3.json`): memory falls as nodes are added, but never below activations and the gathered layers; traffic between nodes rises towards the
-   whole base twice a step (once a pass) and per micro-batch. From 64 GPUs on it hardly changes: (N - 1) / N of it.
-4. **Make micro-batches at least as long as *to hide* says**, with a factor of two or three for links that do not reach their figures. More micro-batches in a step do not
-   help: each gathers again, unless the configuration lets the whole base be gathered at once (`max_live_parameters`, `max_reuse_distance`); then one gather serves all of a step.
+2. **Else within nodes** (`zero3_node.json`), if a node holds the base beside activations: nothing of the base crosses nodes, a GPU's
+   memory and what it receives do not depend on the number of nodes, and short micro-batches keep their speed.
+3. **Else over all GPUs** (`zero3.json`): memory falls as nodes are added, but never below activations and the gathered layers; traffic
+   between nodes rises towards the whole base twice a step (once a pass) and per micro-batch. From 64 GPUs on it hardly changes: (N - 1)
+   / N of it.
+4. **Make micro-batches at least as long as *to hide* says**, with a factor of two or three for links that do not reach their figures.
+   More micro-batches in a step do not help: each gathers again, unless the configuration lets the whole base be gathered at once
+   (`max_live_parameters`, `max_reuse_distance`); then one gather serves all of a step.
 
 `memory.config = "auto"` goes through 1, 2 and 3 for your job, and `zlora plan JOB --gpus N` prints these numbers for it.
 """
@@ -94,8 +101,7 @@ def page() -> str:
     for name, shape in shapes().items():
         for gpu, title in GPUS.items():
             found = rows(shape, gpu)
-            head = "| GPUs | sharded over | memory GiB | gathered GB | exchanged GB | between nodes GB | to hide | step s | tokens/s | at 512 |"
-            lines = [head, "|" + "---|" * 10, *map(line, found)]
+            lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(line, found)]
             parts.append("\n".join([f"## {name} on {title}", "", *lines, "", reading(found), ""]))
     return "\n".join([*parts, TAIL])
 
@@ -166,7 +172,8 @@ def reading(found: list[Row]) -> str:
     if node.fits and fitting:
         share = last.short_tokens_s / within[-1].short_tokens_s
         said.append(
-            f"So with {LONG:,} tokens both are as fast, and with {SHORT} the way over all {last.asked.ranks} reaches {share:.0%} of the other's speed."
+            f"So with {LONG:,} tokens both are as fast, and with {SHORT} the way over all {last.asked.ranks} reaches "
+            f"{share:.0%} of the other's speed."
         )
     whole = replace(node.asked, stage=0)
     if memory(whole).training_peak <= card.memory_bytes:
@@ -178,8 +185,8 @@ def reading(found: list[Row]) -> str:
     elif fitting:
         least = fitting[0]
         said.append(
-            f"Choose all GPUs, from {least.asked.ranks} on; the network between nodes must be as good as assumed, or micro-batches longer than "
-            f"{least.done.tokens_to_hide:,} tokens."
+            f"Choose all GPUs, from {least.asked.ranks} on, and micro-batches longer than {last.done.tokens_to_hide:,} tokens by as much "
+            "as the network between nodes is slower than assumed."
         )
     else:
         said.append("Neither fits: shards in main memory (`zero3_offload.json`), shorter micro-batches, or larger GPUs.")

@@ -85,9 +85,13 @@ def work(asked: Setting, found: Memory) -> Work:
 
 
 def _exchanged(asked: Setting) -> tuple[int, int, int]:
-    """Of one rank in a step, with a label on every token: bytes that each other rank sends to this one alone (ids and rows of the embedding,
-    gradients of its hidden states), bytes that they send to all (their hidden states, labels and sums), and the elements of the head's table
-    where that is gathered."""
+    """Of one rank in a step, with a label on every token.
+
+    Returns:
+        Bytes that each other rank sends to this one alone: ids and rows of the embedding, gradients of its hidden states.
+        Bytes that each sends to all: its hidden states, labels and sums.
+        Elements of the head's table, where that is gathered.
+    """
     tokens = min(asked.micro_batch_tokens, -(-asked.batch_examples * asked.example_tokens // asked.ranks))
     rows, ids = looked_up(asked.shape, tokens, asked.sharers) if asked.tables.embedding else (0, 0)
     swapped, told, table = rows * asked.element_bytes + ids, 0, 0

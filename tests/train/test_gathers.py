@@ -21,7 +21,7 @@ TABLES = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 def gathered_by_name(ranks, job: str, overrides: tuple[str, ...]) -> dict:
-    """Of two steps, with an evaluation between them: how often each weight was gathered in which pass; broken traces of all that; the plan."""
+    """Two steps, an evaluation between them: how often each weight was gathered in which pass; broken traces; the plan."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     from pipeline.evaluate.measure import measure
