@@ -184,8 +184,8 @@ def markdown(report: dict[str, Any]) -> str:
 NOTES = [
     "Measured; where the plan says another number, it stands beside it. A step on a rank, after two that record ZeRO-3's trace. kept:",
     "everything stays gathered from the forward to the backward pass, and for the next micro-batch; lean: nothing does. sharers: ranks",
-    "that hold one copy of the base. bytes received: by each rank from others, (W - 1) / W of the gathered bytes, and what goes between ranks",
-    "instead of the vocabulary's tables. of other nodes: by each node of 2 ranks, or of a group's.",
+    "that hold one copy of the base. bytes received: by each rank from others, (W - 1) / W of the gathered bytes, and what goes between",
+    "ranks instead of the vocabulary's tables. of other nodes: by each node of 2 ranks, or of a group's.",
     "",
 ]
 

@@ -172,7 +172,7 @@ def reading(found: list[Row]) -> str:
     if node.fits and fitting:
         share = last.short_tokens_s / within[-1].short_tokens_s
         said.append(
-            f"So with {LONG:,} tokens both are as fast, and with {SHORT} the way over all {last.asked.ranks} reaches "
+            f"So with {LONG:,} tokens both are as fast, and with {SHORT} sharding over all {last.asked.ranks} GPUs reaches "
             f"{share:.0%} of the other's speed."
         )
     whole = replace(node.asked, stage=0)
