@@ -31,9 +31,9 @@ _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80
 HEAD = f"""# Scaling
 
 What the plan says of bases of 7B and 70B (the shapes of Llama 2) and of 175B (GPT-3) on 8 to 512 GPUs: memory, bytes that move, and how
-fast it would be. No step of these has been run: it is arithmetic on shapes, made by `docs/make_scaling.py`. What is measured is that
-the bytes are counted rightly: [benchmarks/results/scaling.md](../benchmarks/results/scaling.md), on 1, 2, 4 and 8 gloo ranks, with
-groups and without, equal to the plan to the byte.
+fast it would be. No step of these has been run: it is arithmetic on shapes, made by `docs/make_scaling.py`. That the bytes are counted
+rightly is measured on small bases: [benchmarks/scaling.py](../benchmarks/README.md) takes steps on 1, 2, 4 and 8 gloo ranks, with groups
+and without, and every count must be the plan's to the byte.
 
 **Assumed.** LoRA of rank 16 on q, k, v, o; fp16 on V100, bf16 on A100; activations recomputed; a step is one micro-batch of {LONG:,}
 tokens on every GPU, so it grows with the GPUs; memory configuration as `"auto"` makes it (a layer gathered ahead, nothing kept longer
