@@ -166,8 +166,8 @@ def test_every_member_of_a_sweep_is_planned_and_those_alike_once(place, monkeypa
     monkeypatch.setattr("pipeline.plan.hardware.main_memory_bytes", lambda: 8 * GIB)
     assert len(ask_for(2048)["members"]) == 4
     assert [words[0].train.micro_batch_tokens for words in planned] == [1024, 2048]
-    with pytest.raises(JobError, match=r"sweep \(micro_batch_tokens=1048576,seed=1\): .*study.toml: does not fit on 1 x cpu"):
-        ask_for(1 << 20)
+    with pytest.raises(JobError, match=r"sweep \(micro_batch_tokens=16777216,seed=1\): .*study.toml: does not fit on 1 x cpu"):
+        ask_for(1 << 24)
     assert not (place / "asked").exists()
     said = subprocess.run(
         [sys.executable, "-m", "pipeline", "plan", str(job), "--gpu", "cpu"],

@@ -109,6 +109,8 @@ def first_rank_alone(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
     else:
         # A collective would give up on long work.
         store.wait([name], _LONG)
+    # The first rank has the store: it must not leave while somebody still asks.
+    ranks.any(False)
 
 
 def one_rank_first(ranks: Ranks, fetch: Callable[[], T]) -> T:

@@ -123,26 +123,6 @@ def processes(run, rank):
             yield int(folder.name)
 
 
-def test_two_and_four_nodes_train_the_e2e_task_as_one_machine_with_as_many_ranks_does(slurm, place, ranks4, shared_data):
-    folder = place / "e2e"
-    folder.mkdir()
-    text = (place / "job.toml").read_text()
-    own = text[text.index("[task]") : text.index("[train]")]
-    job = f'[task]\nkind = "e2e"\ndata = "{shared_data / "e2e"}"\ntoo_long = "truncate"\n'
-    scoring = "[evaluate]\nmax_prompts = 8\nmax_new_tokens = 8\n"
-    (folder / "job.toml").write_text(text.replace(own, job) + scoring)
-    course = ("train.steps=4", LORA_DROPOUT)
-    four = submitted(folder, "four", "cluster.nodes=4", "cluster.ranks_per_node=1", *course, nodes="node[1-3,7]")
-    trained(ranks4, folder / "job.toml", folder / "here", *course)
-    ended(slurm, four)
-    two = submitted(folder, "two", "cluster.nodes=2", "cluster.ranks_per_node=2", *course, nodes="node[1-2]")
-    for name, queued in (("four", four), ("two", two)):
-        assert ended(slurm, queued) == "COMPLETED", log(folder / name)
-        assert rows(folder / name) == rows(folder / "here"), "to the last bit"
-        assert delta_bytes(folder / name) == delta_bytes(folder / "here")
-        assert sittings(folder / name) == [(0, "done")]
-
-
 def test_a_run_is_not_submitted_twice(place, slow_jobs):
     with pytest.raises(JobError, match=f"job {slow_jobs['limit']} works on it already .*--after {slow_jobs['limit']}"):
         submitted(place, "limit", "cluster.ranks_per_node=1", *COURSE)
@@ -170,6 +150,26 @@ def test_a_job_that_needs_three_allocations_ends_as_an_uninterrupted_one_does(sl
     trained(ranks1, place / "job.toml", place / "limit-here", *COURSE)
     assert rows(run) == rows(place / "limit-here")
     assert delta_bytes(run) == delta_bytes(place / "limit-here")
+
+
+def test_two_and_four_nodes_train_the_e2e_task_as_one_machine_with_as_many_ranks_does(slurm, place, ranks4, shared_data):
+    folder = place / "e2e"
+    folder.mkdir()
+    text = (place / "job.toml").read_text()
+    own = text[text.index("[task]") : text.index("[train]")]
+    job = f'[task]\nkind = "e2e"\ndata = "{shared_data / "e2e"}"\ntoo_long = "truncate"\n'
+    scoring = "[evaluate]\nmax_prompts = 8\nmax_new_tokens = 8\n"
+    (folder / "job.toml").write_text(text.replace(own, job) + scoring)
+    course = ("train.steps=4", LORA_DROPOUT)
+    four = submitted(folder, "four", "cluster.nodes=4", "cluster.ranks_per_node=1", *course, nodes="node[1-3,7]")
+    trained(ranks4, folder / "job.toml", folder / "here", *course)
+    ended(slurm, four)
+    two = submitted(folder, "two", "cluster.nodes=2", "cluster.ranks_per_node=2", *course, nodes="node[1-2]")
+    for name, queued in (("four", four), ("two", two)):
+        assert ended(slurm, queued) == "COMPLETED", log(folder / name)
+        assert rows(folder / name) == rows(folder / "here"), "to the last bit"
+        assert delta_bytes(folder / name) == delta_bytes(folder / "here")
+        assert sittings(folder / name) == [(0, "done")]
 
 
 @pytest.mark.parametrize("code", CODES)

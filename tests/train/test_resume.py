@@ -94,6 +94,7 @@ def test_with_the_bases_dropout_other_ranks_are_no_promise_and_it_says_so(job, r
 
 def seen_examples(ranks, job, run, overrides, stop_at):
     """The ids of the examples this rank computed."""
+    import pipeline.run
     from pipeline.train import loop
 
     real, seen = loop.collate, []
@@ -102,6 +103,8 @@ def seen_examples(ranks, job, run, overrides, stop_at):
         seen.extend(ids)
         return real(sequences, ids, *others)
 
+    # Without the rehearsal, which is no step.
+    rehearse, pipeline.run.rehearse = pipeline.run.rehearse, lambda *_: None
     loop.collate = collate
     try:
         if stop_at:
@@ -109,7 +112,7 @@ def seen_examples(ranks, job, run, overrides, stop_at):
         else:
             train_here(ranks, job, run, overrides)
     finally:
-        loop.collate = real
+        loop.collate, pipeline.run.rehearse = real, rehearse
     return seen
 
 

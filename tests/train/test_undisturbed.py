@@ -57,5 +57,6 @@ def test_losses_bytes_and_trace_are_those_without_scoring(gather, alone, job, ra
     assert rows(tmp_path / "run") == rows(run)
     name = "adapter_model.safetensors"
     assert delta_bytes(tmp_path / "run")[name] == delta_bytes(run)[name]
-    # Recorded in the second step, followed from the third on. A scoring is a pass like the forward half of a step, or without hooks.
-    assert found == without == [([False, False] + [True] * 7, [])] * 2
+    # Recorded in the first step, since the rehearsal is a pass too, and followed from the second on.
+    # A scoring is a pass like the forward half of a step, or without hooks.
+    assert found == without == [([False] + [True] * 8, [])] * 2
