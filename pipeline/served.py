@@ -128,7 +128,7 @@ def _separator(asked: str | None, manifest: Manifest, folder: Path) -> str:
         return asked
     if manifest.separator is None:
         raise JobError(
-            f"{folder}: was trained on several kinds of prompts, so it is not known what ends one. Give it: "
+            f"{folder}: what ends a prompt is not known (trained on several kinds, or of another tool or an older zlora). Give it: "
             "--separator '<|endoftext|>' for E2E, WebNLG and DART with GPT-2, --separator '' for none."
         )
     return manifest.separator
