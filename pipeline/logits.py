@@ -17,8 +17,8 @@ import transformers
 
 from pipeline.deltas.changes import Addition
 from pipeline.deltas.mixture import Mixture, Share
-from pipeline.methods.added import EMBEDDINGS
 from pipeline.screen import size_text
+from pipeline.weights.manifest import ADDED_EMBEDDINGS
 
 PROMPTS = (
     "The capital of France is",
@@ -96,7 +96,7 @@ def _put_beside(model: Any, share: Share, start: dict[str, torch.Tensor]) -> Non
         size = max(model.get_input_embeddings().weight.shape[0], manifest.added.ids[-1] + 1)
         model.resize_token_embeddings(size, mean_resizing=False)
         for name, rows in stored.added.items():
-            table = model.get_input_embeddings() if name == EMBEDDINGS else model.get_output_embeddings()
+            table = model.get_input_embeddings() if name == ADDED_EMBEDDINGS else model.get_output_embeddings()
             if table is not None:
                 table.weight[list(manifest.added.ids)] = rows
     for name, tensor in stored.head.items():

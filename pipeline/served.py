@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.deltas.mixture import refuse_not_finite
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Dtype
 from pipeline.methods.mixed import refuse_unmixable
@@ -62,12 +63,14 @@ def read_deltas(given: dict[str | None, Path], separator: str | None) -> dict[st
         separator: of all; None: each delta's own.
 
     Raises:
-        JobError: no such delta, one with a head for labels, one whose separator is not known, one that does not mix with others.
+        JobError: no such delta, one with a head for labels or a value that is not finite, one whose separator is not known,
+            one that does not mix with others.
     """
     found: dict[str | None, Found] = {}
     for name, path in given.items():
         folder = delta_folder(path)
         stored = read_delta(folder)
+        refuse_not_finite(stored, folder)
         if stored.manifest.head:
             raise JobError(f"{folder}: has a head for labels and generates no text. Score it with zlora evaluate.", everywhere=True)
         if name is not None:
@@ -128,7 +131,7 @@ def _separator(asked: str | None, manifest: Manifest, folder: Path) -> str:
         return asked
     if manifest.separator is None:
         raise JobError(
-            f"{folder}: was trained on several kinds of prompts, so it is not known what ends one. Give it: "
+            f"{folder}: what ends a prompt is not known (trained on several kinds, or of another tool or an older zlora). Give it: "
             "--separator '<|endoftext|>' for E2E, WebNLG and DART with GPT-2, --separator '' for none."
         )
     return manifest.separator

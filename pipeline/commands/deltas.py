@@ -82,8 +82,9 @@ def _logits(found: dict[str, Any] | None) -> str:
 def _rounding(certificate: dict[str, Any]) -> list[tuple[str, str]]:
     changed = [row for row in certificate["tensors"].values() if row["changed_elements"]]
     moved, vanished = (sum(row[f"{what}_elements"] for row in changed) for what in ("changed", "vanished"))
+    others = f"{len(certificate['converted'])} converted, " if certificate["converted"] else ""
     return [
-        ("tensors", f"{len(changed)} changed, {'the others converted' if certificate['dtype'] else 'the others copied byte by byte'}"),
+        ("tensors", f"{len(changed)} changed, {others}the others copied byte by byte"),
         ("rounding", f"{max((row['largest_error'] for row in certificate['tensors'].values()), default=0):.3g} at most"),
         ("vanished", f"{vanished:,} of {moved:,} changed elements are too small a change for the dtype"),
     ]

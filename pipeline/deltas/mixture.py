@@ -129,9 +129,9 @@ def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
 
 def refuse_not_finite(stored: StoredDelta, delta: Path) -> None:
     """Raises:
-    JobError: a tensor that merging folds in has such a value."""
+    JobError: a tensor has such a value."""
     pairs = {f"{name}.lora_{part}": tensor for name, pair in stored.pairs.items() for part, tensor in zip("AB", pair, strict=True)}
-    for name, tensor in (pairs | stored.head | stored.replaced | stored.added).items():
+    for name, tensor in (pairs | stored.head | stored.replaced | stored.added | stored.other).items():
         if not tensor.isfinite().all():
             raise JobError(f"{delta}: {name} has a value that is not finite. Its training diverged, or it is damaged; take an earlier one.")
 

@@ -16,10 +16,9 @@ from pipeline.model.head import Head
 from pipeline.model.load import LoadedBase
 from pipeline.tasks.tokens import NewTokens
 from pipeline.weights.index import Entry
-from pipeline.weights.manifest import Added
+from pipeline.weights.manifest import ADDED_EMBEDDINGS, ADDED_HEAD, Added
 from pipeline.weights.read import Reader
 
-EMBEDDINGS, HEAD = "added.embeddings", "added.head"
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -43,19 +42,19 @@ def attach_added(base: LoadedBase, new: NewTokens, device: torch.device) -> tupl
     embedding = model.get_submodule(family.body).get_input_embeddings()  # type: ignore[operator]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ids = torch.tensor(new.ids, device=device)
-    rows = {EMBEDDINGS: _mean(base.tensors[names[id(embedding.weight)]], len(new.ids), device)}
-    stored = {EMBEDDINGS: base.stored_names(names[id(embedding.weight)])}
+    rows = {ADDED_EMBEDDINGS: _mean(base.tensors[names[id(embedding.weight)]], len(new.ids), device)}
+    stored = {ADDED_EMBEDDINGS: base.stored_names(names[id(embedding.weight)])}
     head = model.lm_head if not family.encoder else None
     if isinstance(head, Head):
         if head.weight is not embedding.weight:
-            rows[HEAD] = _mean(base.tensors[names[id(head.weight)]], len(new.ids), device)
-            stored[HEAD] = base.stored_names(names[id(head.weight)])
-        head.added = (ids, rows.get(HEAD, rows[EMBEDDINGS]))
+            rows[ADDED_HEAD] = _mean(base.tensors[names[id(head.weight)]], len(new.ids), device)
+            stored[ADDED_HEAD] = base.stored_names(names[id(head.weight)])
+        head.added = (ids, rows.get(ADDED_HEAD, rows[ADDED_EMBEDDINGS]))
     overlay = Overlay(ids, rows)
     overlay.watch(embedding)
     # Gemma's embedding scales what it looks up.
     scale = getattr(embedding, "embed_scale", 1.0)
-    embedding.register_forward_hook(lambda module, inputs, output: overlay.put(output, rows[EMBEDDINGS] * scale))
+    embedding.register_forward_hook(lambda module, inputs, output: overlay.put(output, rows[ADDED_EMBEDDINGS] * scale))
     return overlay, Added(new.texts, new.ids, stored)
 
 

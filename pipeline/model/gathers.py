@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
 from pipeline.model import vocabulary
-from pipeline.model.zero3 import OwnRows
+from pipeline.model.rows import OwnRows
 
 _EXCHANGES = ("all_gather", "all_to_all")
 _FETCH, _INVALIDATE, _GATHER = "fetch_sub_module", "_invalidate_trace", "_PartitionedParameterCoordinator__all_gather_params"

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from pipeline.model.rows import OwnRows, own_rows
 from pipeline.model.vocabulary import Columns, gathered_counts, whole_table
-from pipeline.model.zero3 import OwnRows, own_rows
 from pipeline.plan.tables import chunk_logits
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.model.zero3 import OwnRows, own_rows
+from pipeline.model.rows import OwnRows, own_rows
 
 
 class Embedding(nn.Module):

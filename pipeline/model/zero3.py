@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -60,7 +59,7 @@ class Partitioner:
         """A frozen partitioned parameter; `fill` is asked for this rank's run only.
 
         Args:
-            by_rows: of [V, D], each rank has whole rows; whoever uses it knows that (`own_rows`).
+            by_rows: of [V, D], each rank has whole rows; whoever uses it knows that (`rows.own_rows`).
         """
         numel = torch.Size(shape).numel()
         # Any: DeepSpeed hangs its own attributes on parameters and shards.
@@ -132,42 +131,6 @@ def _run_elements(parameter: nn.Parameter) -> int:
     ranks: int = getattr(parameter, "ds_zero_partition_world_size", 1)
     row: int = getattr(parameter, "row_elements", 1)
     return -(-numel_of(parameter) // row // ranks) * row
-
-
-@dataclass(frozen=True)
-class OwnRows:
-    """This rank's rows of a table [V, D] that a group of ranks shares."""
-
-    shard: torch.Tensor
-    """[per_rank * D], the last ones padded; where the shards are."""
-    vocabulary: int
-    width: int
-    per_rank: int
-    ranks: int
-    rank: int
-    """In the group."""
-    group: dist.ProcessGroup | None
-
-    @property
-    def first(self) -> int:
-        return self.rank * self.per_rank
-
-    @property
-    def table(self) -> torch.Tensor:
-        """[R, D], without the padding: R may be 0."""
-        return self.shard.view(-1, self.width)[: max(0, self.vocabulary - self.first)]
-
-
-def own_rows(parameter: nn.Parameter) -> OwnRows | None:
-    """Of a table that is shared by rows and not gathered at the moment."""
-    # Any: see Partitioner.
-    table: Any = parameter
-    width = getattr(table, "row_elements", None)
-    if width is None or table.ds_status is ZeroParamStatus.AVAILABLE:
-        return None
-    ranks, rank = table.ds_zero_partition_world_size, table.ds_zero_partition_rank
-    run = _run_elements(parameter)
-    return OwnRows(table.ds_tensor, table.ds_shape[0], width, run // width, ranks, rank, table.ds_process_group)
 
 
 class _Parameters(ZeROOrderedDict):

@@ -23,6 +23,8 @@ _READ = (1, 2)
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MANIFEST = "manifest.json"
+ADDED_EMBEDDINGS, ADDED_HEAD = "added.embeddings", "added.head"
+"""Keys of `Added.rows`."""
 DAMAGED = "The delta is damaged; save it again."
 
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
-from pipeline.methods.added import EMBEDDINGS, HEAD
 from pipeline.weights.delta import head_key, keys_of, write_delta
 from pipeline.weights.digest import base_digest, file_digests
 from pipeline.weights.index import open_checkpoint
-from pipeline.weights.manifest import Added, Head, Module, Replaced
+from pipeline.weights.manifest import ADDED_EMBEDDINGS, ADDED_HEAD, Added, Head, Module, Replaced
 from tests.bases import VOCABULARY
 from tests.families import make_encoder_tokenizer
 
@@ -52,7 +51,7 @@ def make_delta(
         head = Head(labels, "LlamaForSequenceClassification")
         tensors[head_key("score.weight")] = draw(len(labels), width)
     if tokens:
-        rows = {EMBEDDINGS: ("model.embed_tokens.weight",), HEAD: ("lm_head.weight",)}
+        rows = {ADDED_EMBEDDINGS: ("model.embed_tokens.weight",), ADDED_HEAD: ("lm_head.weight",)}
         known = len(AutoTokenizer.from_pretrained(base))
         added = Added(tokens, tuple(range(known, known + len(tokens))), rows)
         tensors |= {name: draw(len(tokens), width) for name in rows}

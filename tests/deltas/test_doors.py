@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.main import get_command
@@ -45,6 +48,21 @@ def test_extract_tells_what_it_leaves_out(zlora, deltas, llama_base, tmp_path):
     assert set(json.loads(out)) == {
         *("schema_version", "made_by", "from", "asked", "modules", "left_out", "only_in_finetuned", "total"),
     }
+
+
+def test_one_json_object_where_no_accelerator_is_named(deltas, llama_base, tmp_path):
+    """DeepSpeed says on standard output that it found no GPU; it has no part in what is done file to file."""
+    merge(llama_base, deltas["qv"], tmp_path / "tuned")
+    commands = (
+        ("merge", llama_base, deltas["qv"], "--out", tmp_path / "merged", "--check-logits"),
+        ("deltas", "extract", "--base", llama_base, "--finetuned", tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "delta"),
+        ("import", tmp_path / "delta", "--base", llama_base, "--out", tmp_path / "imported"),
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    for command in commands:
+        words = [sys.executable, "-m", "pipeline", *map(str, command), "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+        assert json.loads(done.stdout)["schema_version"]
 
 
 def test_export_and_what_vllm_takes(zlora, deltas, llama_base, tmp_path):

@@ -26,6 +26,7 @@ from pipeline.deltas.merge import merge
 from pipeline.deltas.mixture import mix
 from pipeline.deltas.verify import verify
 from pipeline.job.errors import JobError
+from pipeline.served import read_deltas
 from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import sha256_of
 from pipeline.weights.index import open_checkpoint, read_header
@@ -79,6 +80,11 @@ A = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
 def test_tensors_that_are_not_those_of_the_manifest(tensor, match, delta, llama_base):
     with_tensors(delta, **{A: tensor})
     refused(lambda: mix(llama_base, [(delta, 1.0)]), match)
+
+
+def test_nothing_is_generated_with_values_that_are_not_finite(delta):
+    with_tensors(delta, **{A: torch.full((2, 32), torch.nan)})
+    refused(lambda: read_deltas({None: delta}, ""), "not finite")
 
 
 def lie(key: str, **changes):

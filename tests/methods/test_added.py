@@ -14,12 +14,13 @@ from pipeline.deltas.merge import merge
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
 from pipeline.job.zero import deepspeed_config
-from pipeline.methods.added import EMBEDDINGS, HEAD, attach_added
+from pipeline.methods.added import attach_added
 from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import load_base
 from pipeline.tasks.batch import collate
 from pipeline.tasks.tokens import NewTokens, Tokens, vocabulary_with
+from pipeline.weights.manifest import ADDED_EMBEDDINGS, ADDED_HEAD
 from tests.bases import VOCABULARY
 from tests.families import make_family
 from tests.tasks.making import learnt_from
@@ -43,9 +44,9 @@ def test_loss_and_gradients_are_transformers_own_with_resized_embeddings(family,
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     model.resize_token_embeddings(vocabulary_with(vocabulary, new), mean_resizing=False)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    assert set(overlay.rows) == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD})
-    assert len(added.rows[EMBEDDINGS]) >= 1
-    tables = {EMBEDDINGS: model.get_input_embeddings().weight, HEAD: model.lm_head.weight}
+    assert set(overlay.rows) == ({ADDED_EMBEDDINGS} if tied else {ADDED_EMBEDDINGS, ADDED_HEAD})
+    assert len(added.rows[ADDED_EMBEDDINGS]) >= 1
+    tables = {ADDED_EMBEDDINGS: model.get_input_embeddings().weight, ADDED_HEAD: model.lm_head.weight}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, rows in overlay.rows.items():
@@ -86,7 +87,7 @@ def test_they_are_trained_saved_generated_and_merged(name, more, gpt2_base, llam
     assert one.losses[0] == pytest.approx(two.losses[0], rel=1e-6)
     assert one.losses[-1] < one.losses[0] / 1.25
     delta = tmp_path / "two" / "delta"
-    assert EMBEDDINGS in load_file(delta / "adapter_model.safetensors")
+    assert ADDED_EMBEDDINGS in load_file(delta / "adapter_model.safetensors")
     assert not (delta / "adapter_config.json").exists(), "PEFT would leave the rows out"
     merge(base, delta, tmp_path / "merged")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -22,7 +22,7 @@ from pipeline.model.config import read_config
 from pipeline.model.head import Head, head_loss
 from pipeline.model.linear import BaseLinear
 from pipeline.model.load import load_base
-from pipeline.model.zero3 import own_rows
+from pipeline.model.rows import own_rows
 from pipeline.tasks.batch import collate
 from pipeline.train.engine import Engine
 from tests.bases import VOCABULARY
