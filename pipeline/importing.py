@@ -43,6 +43,7 @@ def import_delta(
         alpha: of a loralib checkpoint.
         parts: roles that a loralib checkpoint's pairs of fused maps are of.
         labels: names of the classes of its head.
+            All three are found beside a checkpoint that `zlora export` wrote.
 
     Returns:
         What was imported.
@@ -52,6 +53,8 @@ def import_delta(
     """
     refuse_filled(out)
     foreign, folder = read_foreign(source, alpha), local_base(base, revision)
+    if foreign.settings:
+        parts, labels = parts or foreign.settings.parts, labels or foreign.settings.labels or ()
     checkpoint, config = open_checkpoint(folder), read_config(folder)
     model, family = build(config, 0.0)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, BaseLinear)}
@@ -82,6 +85,8 @@ def import_delta(
     tensors |= {head_key(name): foreign.rest[name].contiguous() for name in heads}
     tensors |= {one.name: tensor for one, tensor in biases}
     digests = file_digests(checkpoint.files)
+    if foreign.settings and foreign.settings.base_digest != base_digest(digests):
+        raise JobError(f"--base {base}: has other weights than {foreign.settings.base}, which {source} was exported for. Name that base.")
     named = str(folder.resolve()) if Path(base).is_dir() else base
     manifest: dict[str, Any] = {
         "base": named,

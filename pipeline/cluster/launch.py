@@ -25,9 +25,10 @@ from pipeline.job.errors import JobError
 
 PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from pipeline.cli import main; main()"
 """This program, whatever folder it starts in: `python -m` would look for `pipeline` in the current folder first."""
-CPU_RANK = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22)}
-"""Gathered weights are allocated and freed all the time: above this size glibc returns them to the system at once. It looks at this when a
-process starts, so ranks that a batch script starts need it from there."""
+CPU_RANK = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 22), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
+"""Gathered weights are allocated and freed all the time: above the first size glibc returns them to the system at once, and of smaller
+tensors it keeps up to the second, which it would otherwise return and ask for again in every layer (benchmarks/train.py: a tenth of a
+step). It looks at this when a process starts, so ranks that a batch script starts need it from there."""
 _FOLDER = "ZLORA_LAUNCH"
 _MEETING = "ZLORA_RENDEZVOUS"
 _LAUNCHER = "ZLORA_LAUNCHER_PID"

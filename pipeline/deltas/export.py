@@ -13,6 +13,7 @@ import torch
 
 from pipeline.deltas.lowrank import blocks_of
 from pipeline.deltas.mixture import refuse_not_finite
+from pipeline.deltas.settings import LORALIB, SETTINGS, LoralibSettings
 from pipeline.job.errors import JobError
 from pipeline.weights.atomic import new_folder, write_json
 from pipeline.weights.delta import StoredDelta, head_key, keys_of
@@ -20,8 +21,6 @@ from pipeline.weights.manifest import CONFIG, TENSORS, Manifest, Module
 from pipeline.weights.peft import peft_config
 from pipeline.weights.tensors import save_tensors
 
-LORALIB = "lora.bin"
-SETTINGS = "loralib.json"
 _FUSED, _PARTS = ".attn.c_attn", ("q", "k", "v")
 """GPT-2's map of q, k and v, the one that loralib's own models take apart."""
 _ELSE = "Merge it (zlora merge), write the difference (--format dense), or keep it as it is"
@@ -81,14 +80,13 @@ def write_loralib(stored: StoredDelta, folder: Path, out: Path) -> dict[str, Any
             )
     tensors |= {name: tensor.contiguous() for name, tensor in (stored.head | stored.replaced).items()}
     manifest = stored.manifest
-    settings = {
-        "schema_version": 1,
-        "lora_alpha": next(iter(alphas.values())),
-        "parts": list(next(iter(parts.values()), ())),
-        "labels": list(manifest.head.labels) if manifest.head and manifest.head.labels else None,
-        "base": manifest.base,
-        "base_digest": manifest.base_digest,
-    }
+    settings = LoralibSettings(
+        lora_alpha=next(iter(alphas.values())),
+        parts=next(iter(parts.values()), ()),
+        labels=tuple(manifest.head.labels) if manifest.head and manifest.head.labels else None,
+        base=manifest.base,
+        base_digest=manifest.base_digest,
+    ).as_json()
     with new_folder(out) as partial:
         torch.save(tensors, partial / LORALIB)
         write_json(partial / SETTINGS, settings)

@@ -1,7 +1,8 @@
 """A delta of another tool -> its pairs and head in memory: a checkpoint of loralib, or the folder of a LoRA that PEFT saved.
 
 In: the files alone, whatever base they are of. Out: `Foreign`. loralib's scale is alpha / R of each part, and its file does not hold
-alpha; a fused map's pair has the parts' As below one another, and only their rows of B (its `MergedLinear`).
+alpha; a fused map's pair has the parts' As below one another, and only their rows of B (its `MergedLinear`). What the file does not hold
+is asked for, or read from the JSON that `zlora export` writes beside it.
 Shapes: A [R, K], B [D, R]; of n parts, A [n R, K], B [n P, R].
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pipeline.deltas.settings import LORALIB, SETTINGS, LoralibSettings, read_settings
 from pipeline.job.errors import JobError
 from pipeline.weights.manifest import CONFIG, TENSORS
 from pipeline.weights.parse import read_json
@@ -41,27 +43,36 @@ class Foreign:
     """All that is no part of a pair: a head, or what is not known."""
     config: dict[str, Any] | None
     """PEFT's; None: loralib has none."""
+    settings: LoralibSettings | None = None
+    """What lies beside a file of loralib's that we wrote."""
 
 
 def read_foreign(source: Path, alpha: float | None) -> Foreign:
     """What the file or folder holds, in fp32.
 
     Args:
-        alpha: of a loralib checkpoint.
+        alpha: of a loralib checkpoint; None: as the settings beside it say.
 
     Raises:
         JobError: no such file or folder, not a LoRA, a pair without its other half, no alpha, or a variant whose map is another.
     """
+    if source.is_dir() and (source / LORALIB).is_file() and not (source / CONFIG).exists():
+        source = source / LORALIB
     if source.is_dir():
         if alpha is not None:
             raise JobError(f"--alpha {alpha:g}: {source / CONFIG} says what alpha is. Leave the option out.")
         return _read_peft(source)
     if not source.is_file():
         raise JobError(f"{source}: no such file or folder. Name a checkpoint of loralib's, or the folder that PEFT saved.")
-    if alpha is None:
+    beside = source.parent / SETTINGS
+    settings = read_settings(beside) if source.name == LORALIB and beside.is_file() else None
+    told = settings.lora_alpha if settings else alpha
+    if told is None:
         raise JobError(f"{source}: a loralib checkpoint does not hold alpha. Give --alpha, as lora_alpha of the training that made it.")
+    if alpha not in (None, told):
+        raise JobError(f"--alpha {alpha:g}: {beside} says {told:g}. Leave the option out.")
     pairs, rest = _paired(source, _named(_unpickled(source)), _LORALIB)
-    return Foreign(pairs, {module: alpha / b.shape[1] for module, (_, b) in pairs.items()}, rest, None)
+    return Foreign(pairs, {module: told / b.shape[1] for module, (_, b) in pairs.items()}, rest, None, settings)
 
 
 def _read_peft(folder: Path) -> Foreign:

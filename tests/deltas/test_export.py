@@ -122,6 +122,9 @@ def test_loralibs_formula_gives_the_merged_weights_and_it_comes_back(case, parts
         torch.testing.assert_close(moved.T if "gpt2" in case else moved, gain, atol=1e-5, rtol=1e-4)
     import_delta(tmp_path / "lora" / "lora.bin", str(base), None, tmp_path / "back", settings["lora_alpha"], tuple(parts), ())
     same(delta, tmp_path / "back")
+    # The folder knows what its file does not hold.
+    import_delta(tmp_path / "lora", str(base), None, tmp_path / "again", None, (), ())
+    same(delta, tmp_path / "again")
 
 
 def test_the_papers_published_file_comes_out_as_it_went_in(shared_data, roberta_shaped, tmp_path):
@@ -134,6 +137,9 @@ def test_the_papers_published_file_comes_out_as_it_went_in(shared_data, roberta_
     ours, theirs = (torch.load(file, map_location="cpu", weights_only=True) for file in (tmp_path / "out" / "lora.bin", published))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    import_delta(tmp_path / "out" / "lora.bin", str(base), None, tmp_path / "again", None, (), ())
+    same(tmp_path / "mnli", tmp_path / "again")
+    assert read_manifest(tmp_path / "again").head.labels == labels
     export(tmp_path / "mnli", "peft", tmp_path / "peft", None, None)
     import_delta(tmp_path / "peft", str(base), None, tmp_path / "back", None, (), labels)
     same(tmp_path / "mnli", tmp_path / "back")
@@ -285,3 +291,23 @@ def test_vllm_is_told_of_a_delta(made, deltas, llama_base, tmp_path):
     delta, base = made("gpt2 q v")
     (reason,) = check_vllm(delta, str(base), None).reasons
     assert "no LoRA for a gpt2" in reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha", "message"),
+    [
+        ({}, 7.0, r"--alpha 7: .*loralib.json says 4. Leave the option out"),
+        ({"base_digest": "0" * 64}, None, "--base .* has other weights than .* which .* was exported for"),
+        ({"lora_alpha": float("nan")}, None, "loralib.json: cannot be read .*lora_alpha nan"),
+        ({"parts": "qv"}, None, "qv: not a list of texts"),
+        ({"schema_version": 9}, None, "schema_version 9; this zlora reads 1"),
+        ({"parts": ["q", "k", "v"]}, None, "Give --parts"),
+    ],
+)
+def test_settings_beside_a_loralib_file_that_do_not_fit_are_refused(settings, alpha, message, made, tmp_path):
+    delta, base = made("gpt2 q v")
+    told = export(delta, "loralib", tmp_path / "lora", None, None)["settings"]
+    (tmp_path / "lora" / "loralib.json").write_text(json.dumps(told | {"lora_alpha": 4.0} | settings))
+    with pytest.raises(JobError, match=message):
+        import_delta(tmp_path / "lora", str(base), None, tmp_path / "back", alpha, (), ())
+    assert not (tmp_path / "back").exists()
