@@ -4,11 +4,12 @@
 
 FOLDER has E2E's official trainset.csv. Bases have random weights; the tokenizer is made from the data. Both frameworks shard the base over
 the ranks; every process has one thread and the same allocator settings (printed). Peers have dynamic padding, examples grouped by length,
-persistence as Trainer sets it, no logging, no saving, the better of 0 and 1 data workers (tried in the first round). Ours writes its log,
-TensorBoard and the delta as always. One more run of each peer on two ranks is without the allocator settings, and one without grouping.
+persistence as Trainer sets it, no logging, no saving, the better of 0 and 1 data workers (tried in the first round in fp32, on two ranks).
+Ours writes its log, TensorBoard and the delta as always. One more run of that peer is without the allocator settings, one without grouping.
 
 Losses are compared in the first steps, where all ways have the same examples; times are of the steps after them, in which the peer has the
-same examples in another order. With --record FILE.md the same goes to that file, and every round's numbers to FILE.json.
+same examples in another order. With --record FILE.md the same goes to that file, and every round's numbers to FILE.json, after each case;
+cases that were recorded there before and are not measured now stay.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     settings = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items())
     console.print(f"allocator of every rank: {settings}; one thread each")
-    found = []
+    recorded = asked.record and asked.record.with_suffix(".json")
+    found = json.loads(recorded.read_text(encoding="utf-8"))["cases"] if recorded and recorded.exists() else []
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
         data = make_data(asked.data / "trainset.csv", Path(scratch))
         tokenizer = make_tokenizer(data)
@@ -55,20 +57,24 @@ def main() -> None:
                     folder = Path(scratch) / f"{shape}-{dtype}-{ranks}"
                     setup = Setup(shape, base, data, folder, dtype, ranks, examples, warm_up, steps)
                     folder.mkdir()
-                    found.append(measure(console, setup, asked.rounds or rounds[min(ranks, 2) - 1]))
-    report = {
-        "measured_on": origin("train.py", "torch", "deepspeed", "transformers", "peft", "accelerate"),
-        "allocator": settings,
-        "cases": found,
-    }
+                    case = measure(console, setup, asked.rounds or rounds[min(ranks, 2) - 1])
+                    found = [*(other for other in found if _name(other) != _name(case)), case]
+                    if asked.record:
+                        write(asked.record, sorted(found, key=_name))
     for title, heads, cells in tables(found):
         table = Table(*heads, title=title, title_justify="left")
         for row in cells:
             table.add_row(*row)
         console.print(table)
-    if asked.record:
-        asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        asked.record.write_text(markdown(report), encoding="utf-8")
+
+
+def _name(case: dict[str, Any]) -> tuple[int, str, int]:
+    return list(SIZES).index(case["shape"]), case["dtype"], -case["ranks"]
+
+
+def write(record: Path, cases: list[dict[str, Any]]) -> None:
+    record.with_suffix(".json").write_text(json.dumps({"cases": cases}, indent=1) + "\n", encoding="utf-8")
+    record.write_text(markdown(cases), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -87,7 +93,14 @@ def arguments() -> argparse.Namespace:
 def measure(console: Console, setup: Setup, rounds: int) -> dict[str, Any]:
     """One case: rounds of ours, the peer and the bare step in turn."""
     name = f"{setup.shape} {setup.dtype}, {setup.ranks} rank{'s'[: setup.ranks > 1]}"
-    found: dict[str, Any] = {"shape": setup.shape, "dtype": setup.dtype, "ranks": setup.ranks, "examples": setup.examples}
+    found: dict[str, Any] = {
+        "measured_on": origin("train.py", "torch", "deepspeed", "transformers", "peft", "accelerate"),
+        "allocator": " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()),
+        "shape": setup.shape,
+        "dtype": setup.dtype,
+        "ranks": setup.ranks,
+        "examples": setup.examples,
+    }
     taken: list[dict[str, Run]] = []
     workers = 0
     for number in range(1, rounds + 1):
@@ -95,7 +108,7 @@ def measure(console: Console, setup: Setup, rounds: int) -> dict[str, Any]:
         taken.append(runs)
         said = ", ".join(f"{way} {run.step_s:.3f}" for way, run in runs.items())
         console.print(f"{name}, round {number} of {rounds}: {said} s a step")
-        if number == 1 and setup.ranks > 1:
+        if number == 1 and setup.ranks > 1 and setup.dtype == "fp32":
             others = {
                 "one data worker": run_peer(setup, workers=1),
                 "allocator as it is": run_peer(setup, workers, allocator=False),
@@ -204,13 +217,15 @@ def tables(cases: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[
     ]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    lines = ["# Training: ours beside PEFT + Trainer, and the bare step", "", *report["measured_on"]]
-    lines += [f"- allocator of every rank: `{report['allocator']}`; one thread each", ""]
-    for title, heads, cells in tables(report["cases"]):
+def markdown(cases: list[dict[str, Any]]) -> str:
+    origins = dict.fromkeys(line for case in cases for line in case["measured_on"])
+    lines = ["# Training: ours beside PEFT + Trainer, and the bare step", "", *origins]
+    lines += [f"- allocator of every rank: `{each}`; one thread each" for each in dict.fromkeys(case["allocator"] for case in cases)]
+    lines.append("")
+    for title, heads, cells in tables(cases):
         lines += [title + ".", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)), ""]
     lines += ["Other settings of the peer, 2 ranks: examples/s, and the most memory of a rank in the steps.", ""]
-    for case in report["cases"]:
+    for case in cases:
         if others := case.get("other_peers"):
             lines.append(
                 f"- {case['shape']} {case['dtype']}: "

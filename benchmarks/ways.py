@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 END = "<|endoftext|>"
 VOCABULARY = 1500
 """Of the tokenizer that is made from the data: with so many tokens an example of E2E is about as long as with GPT-2's."""
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
 QUIET |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 ALLOCATOR = {name: value for name, value in CPU_RANK.items() if name not in QUIET}
 """What `zlora train` sets for its ranks; the peer and the bare step get the same."""

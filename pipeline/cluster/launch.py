@@ -224,7 +224,8 @@ def _defaults(cores: int, gpus: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, cores)),
         # Threads that spin while they wait make a step ten times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
+        # One process of a machine tokenises while the others wait for it.
+        "TOKENIZERS_PARALLELISM": "true",
     }
 
 

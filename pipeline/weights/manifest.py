@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.job.errors import JobError
+from pipeline.weights.digest import base_digest
 from pipeline.weights.parse import read_json
 
 SCHEMA_VERSION = 2
@@ -134,6 +135,8 @@ def _unsound(manifest: Manifest) -> str | None:
     names = [*(module.name for module in manifest.modules), *(one.name for one in manifest.replaced), *manifest.other]
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         return f'names "{twice}" twice'
+    if manifest.base_files and base_digest(manifest.base_files) != manifest.base_digest:
+        return "base_files and base_digest are not of one base"
     for module in manifest.modules:
         if module.rank < 1 or not math.isfinite(module.alpha):
             return f"{module.name} has rank {module.rank} and alpha {module.alpha}"
