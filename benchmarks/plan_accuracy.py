@@ -11,9 +11,6 @@ memory, with the allocator as `zlora train` sets it, is shown beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,29 +19,11 @@ from typing import Any
 import plan_rank
 from machine import origin
 from plan_cases import cases
+from ranks import on_ranks, prepare
 from rich.console import Console
 
-from pipeline.cluster.launch import rank_environment
-
-RANKS = multiprocessing.get_context("forkserver")
-"""Ranks are forked from a process that has imported all they need."""
 EXACT = ("base_shard", "delta", "gradients", "optimizer")
 WITHIN = {"kept": 0.10, "step": 0.10, "save": 0.10}
-
-
-def measured(case: dict[str, Any]) -> dict[str, Any]:
-    """Each case in ranks of its own, so that no memory is left from another."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, count = Path(scratch), case["ranks"]
-        environments = [rank_environment(rank, count, folder, 0) for rank in range(count)]
-        ranks = [RANKS.Process(target=plan_rank.run, args=(each, case, folder)) for each in environments]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            raise SystemExit(f"{case['name']}: {(folder / 'log0').read_text()[-3000:]}")
-        return json.loads((folder / "out.json").read_text())
 
 
 def broken(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -57,13 +36,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="also write the results to this Markdown file")
     asked = parser.parse_args()
-    # What glibc, torch and DeepSpeed read when a process starts.
-    os.environ.update(rank_environment(0, 2, Path(), 0) | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    RANKS.set_forkserver_preload(["plan_rank"])
+    prepare("plan_rank")
     console, rows, failed = Console(highlight=False, soft_wrap=True), [], []
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
         for case in cases(Path(scratch)):
-            expected, found = plan_rank.predict(case, case["ranks"]), measured(case)
+            expected = plan_rank.predict(case, case["ranks"])
+            found = on_ranks(case["ranks"], plan_rank.on_rank, case)[0]
             wrong = broken(expected, found)
             failed += [f"{case['name']}: {', '.join(wrong)}"] if wrong else []
             rows.append(row(case, expected, found, wrong))

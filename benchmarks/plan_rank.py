@@ -1,7 +1,7 @@
 """One rank of `plan_accuracy.py`: takes real steps and follows every tensor storage from its birth to its end.
 
 A case has a `job` (a TOML file), `set` (overrides), `tokens` (lengths of the examples of each micro-batch), `label_tokens` of them,
-`micro_batches`, and `outputs` of a task's own head (0: the vocabulary). `run` writes the bytes by part.
+`micro_batches`, and `outputs` of a task's own head (0: the vocabulary). `measure` answers with the bytes by part.
 
 What is followed are the storages that operators hand out, so neither the allocator nor Python counts: the kernels' own scratch
 memory does not show. Anonymous resident memory, which has all of that, is read from the kernel beside it.
@@ -10,15 +10,11 @@ memory does not show. Anonymous resident memory, which has all of that, is read 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.job.method import trains_tables
 from pipeline.job.read import read_job
@@ -42,6 +38,13 @@ from pipeline.train.step import Stepper
 
 STEPS = 3
 """ZeRO-3 records its trace in the first two; the last one is measured."""
+
+
+def on_rank(case: dict[str, Any]) -> dict[str, Any]:
+    """`measure`, on a rank that has not joined the others yet."""
+    found = measure(join_ranks(), case)
+    leave_ranks()
+    return found
 
 
 def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
@@ -154,17 +157,3 @@ def anonymous_peak(into: dict[str, int]) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
-
-
-def run(environment: dict[str, str], case: dict[str, Any], folder: Path) -> None:
-    """One rank, with its environment as pipeline/cluster/launch.py sets it. The first writes `out.json`; `log0` is what it said."""
-    os.environ.update(environment)
-    log = os.open(folder / f"log{environment['RANK']}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    ranks = join_ranks()
-    report = measure(ranks, case)
-    if ranks.first:
-        (folder / "out.json").write_text(json.dumps(report))
-    leave_ranks()

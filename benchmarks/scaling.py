@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,14 +21,11 @@ from typing import Any
 
 import scaling_rank
 from machine import origin
+from ranks import on_ranks, prepare
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
-from pipeline.cluster.launch import rank_environment
-
-RANKS = multiprocessing.get_context("forkserver")
-"""Ranks are forked from a process that has imported all they need."""
 TOKENS, WORLDS = 64, (1, 2, 4, 8)
 """Of a micro-batch; sizes divide by 8, so that no shard is padded."""
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -100,22 +95,7 @@ def cases(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return found
 
 
-def measured(asked: list[dict[str, Any]], ranks: int) -> list[list[dict[str, int]]]:
-    """What each rank counted, by case."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        environments = [rank_environment(rank, ranks, folder, 0) for rank in range(ranks)]
-        processes = [RANKS.Process(target=scaling_rank.run, args=(each, asked, folder)) for each in environments]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise SystemExit((folder / "log0").read_text()[-3000:])
-        return list(zip(*(json.loads((folder / f"out{rank}.json").read_text()) for rank in range(ranks)), strict=True))
-
-
-def counted(case: dict[str, Any], everyone: list[dict[str, int]]) -> dict[str, int]:
+def counted(case: dict[str, Any], everyone: tuple[dict[str, int], ...]) -> dict[str, int]:
     """Of all ranks' counts, those of one: they must be the same. Of those of a node together, what comes from other nodes."""
     per_rank = {(rank["elements"], rank["invalidations"], rank["gathers"] + rank["swaps"], rank["reduced"]) for rank in everyone}
     if len(per_rank) > 1:
@@ -132,9 +112,7 @@ def main() -> None:
     parser.add_argument("--ranks", **worlds, help="of 1, 2, 4, 8")
     parser.add_argument("--record", type=Path, help="also write the results to this Markdown file, and to one of the same name as JSON")
     asked = parser.parse_args()
-    # What glibc, torch and DeepSpeed read when a process starts.
-    os.environ.update(rank_environment(0, 2, Path(), 0) | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    RANKS.set_forkserver_preload(["scaling_rank"])
+    prepare("scaling_rank")
     logging.disable_progress_bar()
     console, rows = Console(highlight=False, soft_wrap=True), []
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as scratch:
@@ -142,7 +120,7 @@ def main() -> None:
         write_jobs(folder)
         for ranks in asked.ranks:
             these = cases(folder, ranks)
-            for case, everyone in zip(these, measured(these, ranks), strict=True):
+            for case, everyone in zip(these, zip(*on_ranks(ranks, scaling_rank.on_rank, these), strict=True), strict=True):
                 said, found = scaling_rank.said(case), counted(case, everyone)
                 kept = {name: case[name] for name in ("base", "config", "ranks", "group", "micro_batches", "per_node")}
                 rows.append(kept | {"plan": said, "measured": found, "equal": said == found})

@@ -7,8 +7,6 @@ token has a label: what the plan reckons with. `measured` answers with elements 
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +75,15 @@ class Received:
             self.bytes[f"far {kind}"] += count if rank // self.per_node != own // self.per_node else 0
 
 
+def on_rank(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Counts of one rank, by case."""
+    received = Received()
+    ranks = join_ranks()
+    found = [measured(ranks, case, received) for case in cases]
+    leave_ranks()
+    return found
+
+
 def measured(ranks: Ranks, case: dict[str, Any], received: Received) -> dict[str, int]:
     job = read_job(Path(case["job"]), tuple(case["set"]))
     zero, dtype = deepspeed_config(Path(job.memory.config)), TORCH_DTYPES[job.base.dtype]
@@ -128,18 +135,3 @@ def said(case: dict[str, Any]) -> dict[str, int]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def run(environment: dict[str, str], cases: list[dict[str, Any]], folder: Path) -> None:
-    """One rank through all cases, with its environment as pipeline/cluster/launch.py sets it. Writes `out<rank>.json`; `log0` is what it
-    said."""
-    os.environ.update(environment)
-    log = os.open(folder / f"log{environment['RANK']}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    received = Received()
-    ranks = join_ranks()
-    found = [measured(ranks, case, received) for case in cases]
-    (folder / f"out{ranks.rank}.json").write_text(json.dumps(found))
-    leave_ranks()

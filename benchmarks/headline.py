@@ -1,0 +1,71 @@
+"""The README's table of measurements, from the recorded ones.
+
+    python benchmarks/headline.py
+
+Writes it between two marks of README.md. Numbers are medians of the rounds, ours over the peer's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- made by benchmarks/headline.py -->\n", "<!-- end -->\n"
+BASES = {"gpt2-small": "GPT-2 of 30M", "gpt2": "GPT-2 of 124M", "llama": "Llama of 101M"}
+
+
+def main() -> None:
+    README.write_text(with_headline(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_headline(text: str) -> str:
+    """The README, its table made anew."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + headline(HERE / "results") + END + rest.partition(END)[2]
+
+
+def headline(results: Path) -> str:
+    """Markdown."""
+    trained, long = (json.loads((results / name).read_text(encoding="utf-8"))["cases"] for name in ("train.json", "long.json"))
+    shared = [case for case in trained if case["ranks"] == 2]
+    alone = [case for case in trained if case["ranks"] == 1]
+    lines = [
+        "| E2E, LoRA, two CPU ranks, the base sharded by ZeRO-3 in both | examples/s | peak memory | first step after |",
+        "|---|---|---|---|",
+        *map(_training, shared),
+        "",
+        "| documents, Llama of 101M, the same | steps/s | peak memory | |",
+        "|---|---|---|---|",
+        *(_document(case) for case in long if case["length"] >= 1024),
+        "",
+        "Ours / that of PEFT + Trainer + DeepSpeed with examples grouped by length and the same allocator: medians of interleaved runs.",
+        "Beside the bare step (the frozen model, LoRA, AdamW, packed examples; no sharding, no framework) it does",
+        f"{_span(alone)} of the examples/s on one rank, and {_span(shared)} on two that share the base, beside two bare steps.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(case: dict[str, Any]) -> str:
+    ratio = case["ratios"]
+    cells = f"x {ratio['examples_per_s']:.2f} | x {ratio['peak_bytes']:.2f} | x {ratio['first_step_s']:.2f}"
+    return f"| {BASES[case['shape']]}, {case['dtype']} | {cells} |"
+
+
+def _document(case: dict[str, Any]) -> str:
+    speed = median(each["peer"]["step_s"] / each["ours"]["step_s"] for each in case["rounds"])
+    memory = median(max(each["ours"]["peak_bytes"]) / max(each["peer"]["peak_bytes"]) for each in case["rounds"])
+    return f"| {case['length']:,} tokens, {case['dtype']} | x {speed:.2f} | x {memory:.2f} | |"
+
+
+def _span(cases: list[dict[str, Any]]) -> str:
+    shares = sorted(round(100 * case["ratios"]["of_the_limit"]) for case in cases)
+    return f"{shares[0]} %" if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]} %"
+
+
+if __name__ == "__main__":
+    main()
