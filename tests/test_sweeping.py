@@ -73,7 +73,7 @@ def test_members_are_trained_one_after_another_and_failed_ones_again(study):
 
 
 def test_its_runs_are_compared_with_mean_and_spread_over_seeds(study):
-    folder, said = study
+    folder, _ = study
     found = compare(collect([folder / "runs" / "job"]))
     assert found.differ == ("methods[0].rank", "train.seed")
     assert found.left_out == {}
@@ -94,7 +94,6 @@ def test_its_runs_are_compared_with_mean_and_spread_over_seeds(study):
     rows = list(csv.DictReader(io.StringIO(shown)))
     assert [float(row["train BLEU mean"]) for row in rows] == [row.cells["train BLEU"].mean for row in found.rows]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"compare  zlora compare {Path('runs', 'job')}" in said[-1][0]
 
 
 def test_a_member_that_failed_before_it_wrote_anything_is_named(study, tmp_path):

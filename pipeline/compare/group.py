@@ -100,7 +100,8 @@ def compare(runs: Sequence[Run], middle: Middle = "mean", each: bool = False, me
     columns |= dict.fromkeys(column for run in known if run.finished and run.published for column in run.published["scores"])
     chosen = tuple(column for column in columns if not metrics or column in metrics or metric_of(column) in metrics)
     rows = [_row(group, each, chosen) for group in groups.values()]
-    rows = [replace(row, best=frozenset(column for column in chosen if _is_best(row, column, rows, middle))) for row in rows]
+    best = _best(rows, [column for column in chosen if column != _OF_ONE_BATCH], middle)
+    rows = [replace(row, best=frozenset(own)) for row, own in zip(rows, best, strict=True)]
     left_out = {str(run.folder): run.state for run in runs if not run.settings}
     for row in rows:
         left_out |= row.left_out
@@ -155,9 +156,17 @@ def _told(key: str, jobs: Sequence[Keys]) -> bool:
     return len(values) == 1 and all(len(found) == 1 for found in of_kind.values())
 
 
-def _is_best(row: Row, column: str, rows: Sequence[Row], middle: Middle) -> bool:
-    others = [other for other in rows if column in other.cells and other.scored == row.scored and other is not row]
-    if column == _OF_ONE_BATCH or column not in row.cells or not others:
-        return False
-    own = row.cells[column].middle(middle)
-    return not any(better(metric_of(column), other.cells[column].middle(middle), own) for other in others)
+def _best(rows: Sequence[Row], columns: Sequence[str], middle: Middle) -> list[set[str]]:
+    """Of each row the columns in which no other that is scored on the same is better; none where there is no other."""
+    found: list[set[str]] = [set() for _ in rows]
+    tasks = dict[str, list[int]]()
+    for place, row in enumerate(rows):
+        tasks.setdefault(row.scored, []).append(place)
+    for places in tasks.values():
+        for column in columns:
+            own = {place: rows[place].cells[column].middle(middle) for place in places if column in rows[place].cells}
+            name = metric_of(column)
+            for place in own if len(own) > 1 else ():
+                if not any(better(name, other, own[place]) for other in own.values()):
+                    found[place].add(column)
+    return found
