@@ -7,7 +7,6 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.evaluate.score import add_scores
 from pipeline.job.read import job_toml, read_job
 from pipeline.run_folder import SCORES
 from pipeline.screen import finite, json_text
@@ -59,7 +58,8 @@ def write_delta(run: Path, parameters: int, sha256: str = "first", name: str = "
 def evaluated(run: Path, delta: str = "last", sha256: str = "first", changed: dict | None = None, **metrics: float) -> None:
     """As `zlora evaluate` leaves it."""
     row = {"schema_version": 1, "split": "test", "delta": delta, "delta_sha256": sha256, "changed": changed or {}, "step": 400}
-    add_scores(run / SCORES, {**row, "metrics": metrics})
+    with (run / SCORES).open("a") as stream:
+        stream.write(json_text({**row, "metrics": metrics}) + "\n")
 
 
 def ended_with(run: Path, code: int) -> None:
