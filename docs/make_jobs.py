@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.job.cluster import Cluster
 from pipeline.job.method import Adapter, BitFit, Full, FullTop, Lora, PrefixEmbed, PrefixLayer
 from pipeline.job.section import Section
-from pipeline.job.spec import Base, Evaluate, Memory, Train
+from pipeline.job.spec import Base, Evaluate, Memory, Published, Train
 from pipeline.job.sweep import Sweep
 from pipeline.job.task import E2E, Classification, Conversations, Dart, Glue, Mix, Pairs, PlainText, Regression, SamSum, WebNlg, WikiSql
 
@@ -40,6 +40,7 @@ SECTIONS: list[tuple[str, type[Section]]] = [
     ("[memory]", Memory),
     ("[cluster]", Cluster),
     ("[sweep]", Sweep),
+    ("[published]", Published),
 ]
 HEAD = """# Jobs
 
@@ -48,8 +49,9 @@ methods make a combination. Paths are relative to the folder the command runs in
 `--set train.steps=20` changes a key for one run (`--set methods.0.rank=16` for a method).
 
 `extends = "other.toml"` as a file's first line lays it over another, named from its own folder; `extends = ["task.toml", "method.toml"]`
-over several, a later one over an earlier one. A section's keys are laid over one by one; lists (`[[methods]]` too) and sections of another
-`kind` take the place of the whole. The resolved job in a run folder stands alone. The paper's [jobs](../jobs/README.md) are built so.
+over several, a later one over an earlier one. A section's keys are laid over one by one; lists (`[[methods]]` too), `[published]` and
+sections of another `kind` take the place of the whole. The resolved job in a run folder stands alone. The paper's
+[jobs](../jobs/README.md) are built so.
 
 This page is made from the program's own types by `docs/make_jobs.py`.
 """

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.evaluate.best import BestDelta, refuse_unscorable, weights_in
-from pipeline.evaluate.score import write_predictions
+from pipeline.evaluate.score import add_scores, write_predictions
+from pipeline.job.changes import scored_otherwise
 from pipeline.job.errors import Diverged, JobError, Stopped
+from pipeline.job.read import read_resolved
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
 from pipeline.methods.files import begin, restore
 from pipeline.report import show_end, show_scores, show_start, stopped_text
 from pipeline.resume import find_start
+from pipeline.run_folder import SCORES
 from pipeline.screen import Screen
 from pipeline.session import open_session
 from pipeline.tasks.open import has_split, sources_of
@@ -118,7 +121,7 @@ def _scores_due(job: Job, step: int, steps: int) -> bool:
 
 
 def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], ranks: Ranks, screen: Screen) -> dict[str, Any]:
-    """Scores a run's delta on a split; writes the predictions into the run folder.
+    """Scores a run's delta on a split; writes scores and predictions into the run folder.
 
     Args:
         which: of the run's deltas.
@@ -133,11 +136,14 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
     show_scores(screen, f"{split} by the {which} delta of {run}, after {manifest.step} steps", scores, set())
     if written:
         screen.print(f"predictions  {written}")
-    return {
+    trained = read_resolved(run / "job.toml")
+    found = {
         "schema_version": 1,
         "run": str(run),
         "split": split,
         "delta": which,
+        "delta_sha256": manifest.sha256,
+        "changed": scored_otherwise(trained, job) if trained else {},
         "step": manifest.step,
         "prompts": sum(len(part.predictions) for part in scores.parts),
         "too_long": sum(part.too_long for part in scores.parts),
@@ -145,3 +151,6 @@ def evaluate(job: Job, run: Path, split: Split, which: Literal["best", "last"], 
         "notes": [note for part in scores.parts for note in part.notes],
         "predictions": str(written) if written else None,
     }
+    if ranks.first:
+        add_scores(run / SCORES, found)
+    return found

@@ -18,8 +18,10 @@ from pipeline.job.errors import JobError
 
 LOGS = "logs"
 LOCK = ".lock"
+SCORES = "scores.jsonl"
+"""What `zlora evaluate` has scored, one object a call."""
 WRITTEN = (
-    *("environment.json", "deepspeed.json", "job.toml", "metrics.jsonl"),
+    *("environment.json", "deepspeed.json", "job.toml", "metrics.jsonl", SCORES),
     *("tensorboard", "state", "delta", "best", "predictions", "result.json"),
 )
 """What a run writes, logs apart; the first of them first."""
@@ -176,3 +178,14 @@ def remove_if_empty_handed(folder: Path) -> None:
         with suppress(OSError):
             path.rmdir()
     hold.release()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The whole rows of `metrics.jsonl` or `scores.jsonl`, none without the file; a process killed while writing leaves half of one."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]

@@ -159,21 +159,21 @@ class Screen:
                 self._bars = None
 
 
-def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     """Named columns: words on the left, numbers on the right."""
     table = Table(title=_text(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.header_style = "dim"
     rows = list(rows)
     for place, name in enumerate(names):
-        number = any(row[place][:1].isdigit() and place > 1 for row in rows)
+        number = any(str(row[place])[:1].isdigit() and place > 1 for row in rows)
         table.add_column(_text(f"  {name}" if place == 0 else name), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(_text(f"  {value}" if place == 0 else value) for place, value in enumerate(row)))
+        table.add_row(*(Text("  ") + _text(value) if place == 0 else _text(value) for place, value in enumerate(row)))
     return table
 
 
-def _text(value: str) -> Text:
-    return Text(printable(value))
+def _text(value: str | Text) -> Text:
+    return value if isinstance(value, Text) else Text(printable(value))
 
 
 class StepBar:

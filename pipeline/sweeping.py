@@ -56,14 +56,15 @@ def sweep(job: Path, folder: Path, overrides: tuple[str, ...], ranks: int | None
     """Trains what is not finished, in order; a member that fails does not keep the others from it. The exit code for the shell."""
     members, failed = runs_of(job, folder, overrides), dict[str, int]()
     (folder / JOBS).mkdir(parents=True, exist_ok=True)
+    # All at once, so that zlora compare knows of those that have not begun.
+    for member in members:
+        _resolved(folder, member).write_text(job_toml(member.job), encoding="utf-8")
     for number, member in enumerate(members, 1):
         screen.print(f"{number} of {len(members)}: {member.name}{': is finished' if member.finished else ''}")
         if member.finished:
             continue
-        resolved = folder / JOBS / f"{member.name}.toml"
-        resolved.write_text(job_toml(member.job), encoding="utf-8")
         count = ["--ranks", str(ranks)] if ranks else []
-        code, asked = _run(["train", str(resolved), "--run", str(member.folder), *count], member.job.train.stop_signals)
+        code, asked = _run(["train", str(_resolved(folder, member)), "--run", str(member.folder), *count], member.job.train.stop_signals)
         if asked or code in (STOPPED, _INTERRUPTED):
             screen.print(f"Stopped in {member.name}. The same command again goes on.")
             return code or STOPPED
@@ -72,6 +73,10 @@ def sweep(job: Path, folder: Path, overrides: tuple[str, ...], ranks: int | None
     rows = [(member.name, f"failed with exit code {failed[member.name]}" if member.name in failed else "finished") for member in members]
     screen.table(str(folder), [*rows, ("compare", f"zlora compare {folder}")])
     return next(iter(failed.values()), 0)
+
+
+def _resolved(folder: Path, member: Run) -> Path:
+    return folder / JOBS / f"{member.name}.toml"
 
 
 def _run(words: list[str], stop_signals: tuple[str, ...]) -> tuple[int, bool]:

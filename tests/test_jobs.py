@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.job.labels import labels_of
+from pipeline.job.metrics import names_of
 from pipeline.job.read import read_job
 from pipeline.job.spec import Job
 from pipeline.job.toml import Asked, read_toml
@@ -66,10 +67,48 @@ def methods_of(job: Job) -> tuple:
 def test_every_job_is_there_says_what_it_is_and_what_to_expect(jobs):
     assert Counter(name.partition("/")[0] for name in jobs) == COUNTS
     assert len(jobs) == 286
-    for name in jobs:
+    for name, job in jobs.items():
         text = named(name).read_text()
         assert text.startswith("# "), f"{name} has no header"
-        assert re.search(r"^# (Expected|Published)", text, re.MULTILINE), f"{name} states no expected score"
+        assert job.published or re.search(r"^# Expected", text, re.MULTILINE), f"{name} states no expected score"
+
+
+PAPER = {
+    "e2e/gpt2_large_adapter_lin_small": (880_000, {"test BLEU": (0.691, 0.001), "test CIDEr": (2.49, 0.0)}),
+    "webnlg/gpt2_medium_full_top": (25_190_000, {"test TER (test_categories=unseen)": (0.99, None), "test BLEU": (36.0, None)}),
+    "dart/gpt2_large_lora": (770_000, {"test BLEU": (47.5, 0.1), "test METEOR": (0.39, None), "test TER": (0.45, None)}),
+    "glue/roberta_base_bitfit_rte": (100_000, {"best valid accuracy": (0.815, None)}),
+    "glue/deberta_xxlarge_lora_stsb": (4_700_000, {"best valid pearson": (0.93, 0.002)}),
+    "glue/roberta_base_lora_cola": (300_000, {"best valid matthews": (0.634, 0.012)}),
+    "gpt3/175b_lora_wikisql": (18_800_000, {"valid lf_accuracy": (0.737, 0.005)}),
+    "gpt3/opt_66b_lora_samsum": (37_700_000, {"test ROUGE_1": (0.534, 0.002), "test ROUGE_L": (0.451, 0.001)}),
+    "e2e/gpt2_medium_lora_rank_4": (350_000, {"valid loss": (1.18, None), "test ROUGE_L": (0.7186, None)}),
+}
+"""Of the paper's tables: trained, value and what stands behind its ±."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_job_names_the_papers_row(jobs, name):
+    parameters, scores = PAPER[name]
+    row = jobs[name].published
+    assert row.parameters == parameters
+    for column, (value, spread) in scores.items():
+        assert (row.scores[column], row.spread.get(column)) == (value, spread), column
+
+
+def test_what_is_published_stands_in_a_column_that_runs_have(jobs):
+    rows = 0
+    for name, job in jobs.items():
+        if not job.published:
+            continue
+        rows += 1
+        for column in job.published.scores:
+            found = re.fullmatch(r"(best )?(valid|test) (\w+)( \(test_categories=(un)?seen\))?", column)
+            assert found, (name, column)
+            assert found[3] in names_of(job.task), (name, column)
+            assert (found[3] == job.evaluate.best_metric and found[2] == job.evaluate.split) == bool(found[1]), (name, column)
+            assert not found[4] or job.task.kind == "webnlg"
+    assert rows == 286 - 3
 
 
 def test_what_a_header_counts_is_what_is_trained(jobs):
@@ -174,7 +213,8 @@ def test_the_sweep_of_the_rank_on_e2e(jobs):
     assert sorted(sweep) == [2**power for power in range(11)]
     for job in sweep.values():
         assert (job.train.steps, job.methods[0].alpha, job.base.model) == (26_000, 32, "gpt2-medium")
-        assert job.model_copy(update={"methods": ()}) == sweep[4].model_copy(update={"methods": ()})
+        own = {"methods": (), "published": None}
+        assert job.model_copy(update=own) == sweep[4].model_copy(update=own)
 
 
 TABLE_9 = {

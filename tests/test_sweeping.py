@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.comparing import as_csv, cells, compare, markdown
-from pipeline.job.errors import JobError
-from pipeline.watch.status import find_runs
+from pipeline.compare.collect import collect
+from pipeline.compare.group import compare
 from tests.training import write_job
 
 ROOT = Path(__file__).parents[1]
@@ -73,33 +72,41 @@ def test_members_are_trained_one_after_another_and_failed_ones_again(study):
             assert (run / "result.json").is_file()
 
 
-def test_runs_are_compared_with_mean_and_spread_over_seeds(study):
+def test_its_runs_are_compared_with_mean_and_spread_over_seeds(study):
     folder, _ = study
-    found = compare(find_runs([folder / "runs" / "job"]))
-    assert found["keys"] == ["methods[0].rank", "train.seed"]
-    assert [row["settings"]["methods[0].rank"] for row in found["runs"]] == [1, 1, 2, 2]
-    losses = [row["results"]["loss"] for row in found["runs"]]
-    assert losses == [json.loads((Path(row["run"]) / "result.json").read_text())["loss"] for row in found["runs"]]
-    for place, group in enumerate(found["groups"]):
-        own = losses[2 * place : 2 * place + 2]
-        assert group["runs"] == 2
-        assert group["mean"]["loss"] == pytest.approx(statistics.mean(own))
-        assert group["spread"]["loss"] == pytest.approx(statistics.stdev(own))
-    one, two = found["runs"][0]["parameters"], found["runs"][2]["parameters"]
-    assert (one, two) == (one, 2 * one)
-    names, lines = cells(found)
-    assert names[:4] == ["run", "rank", "seed", "loss"]
-    assert "train loss" in names or any(name.startswith("train ") for name in names)
-    assert len(lines) == 6
-    assert [row[0] for row in lines[4:]] == ["mean of 2", "mean of 2"]
-    assert " ± " in lines[4][3]
-    rows = list(csv.reader(io.StringIO(as_csv(names, lines))))
-    assert rows == [names, *lines]
-    assert markdown(names, lines).splitlines()[1].startswith("| :--- | ---: |")
-    done = zlora(folder, "compare", "runs/job", "--format", "markdown")
-    shown, _ = done.communicate(timeout=60)
-    assert shown.splitlines()[0] == f"| {' | '.join(names)} |"
-    assert len(shown.splitlines()) == 8
+    found = compare(collect([folder / "runs" / "job"]))
+    assert found.differ == ("methods[0].rank", "train.seed")
+    assert found.left_out == {}
+    results = [[json.loads((run.folder / "result.json").read_text()) for run in row.runs] for row in found.rows]
+    for row, own in zip(found.rows, results, strict=True):
+        losses = [each["loss"] for each in own]
+        assert row.cells["loss"].mean == pytest.approx(statistics.mean(losses))
+        assert row.cells["loss"].std == pytest.approx(statistics.stdev(losses))
+        assert row.cells["train BLEU"].values == tuple(each["train"]["BLEU"] for each in own)
+        assert all((run.ranks, run.gpu, run.seconds) == (1, False, each["seconds"]) for run, each in zip(row.runs, own, strict=True))
+    one, two = (row.parameters for row in found.rows)
+    assert two == 2 * one
+    assert 0 < 4 * one < found.rows[0].runs[0].delta_bytes
+    picture = folder / "scores.png"
+    done = zlora(folder, "compare", "runs/job", "--format", "csv", "--metric", "BLEU", "--plot", picture)
+    shown, errors = done.communicate(timeout=60)
+    assert done.returncode == 0, errors
+    rows = list(csv.DictReader(io.StringIO(shown)))
+    assert [float(row["train BLEU mean"]) for row in rows] == [row.cells["train BLEU"].mean for row in found.rows]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_member_that_failed_before_it_wrote_anything_is_named(study, tmp_path):
+    folder, _ = study
+    (tmp_path / "study").symlink_to(folder / "runs" / "job")
+    gone = folder / "runs" / "job" / "rank=1,seed=2"
+    gone.rename(tmp_path / "elsewhere")
+    try:
+        found = compare(collect([tmp_path / "study"]))
+    finally:
+        (tmp_path / "elsewhere").rename(gone)
+    assert found.left_out == {str(tmp_path / "study" / "rank=1,seed=2"): "not begun"}
+    assert [len(row.runs) for row in found.rows] == [1, 2]
 
 
 def test_what_is_not_a_sweep_or_a_run_is_said(study, tmp_path):
@@ -110,5 +117,11 @@ def test_what_is_not_a_sweep_or_a_run_is_said(study, tmp_path):
     said = zlora(folder, "train", "job.toml")
     assert "job.toml: has a [sweep], so it is many runs. Use zlora sweep" in said.communicate(timeout=60)[1]
     (tmp_path / "slurm.jsonl").touch()
-    with pytest.raises(JobError, match=r"not a run to compare .* Name runs that have begun"):
-        compare([tmp_path])
+    for words, message in {
+        ("runs/job", "--plot", "a.jpg"): "a.jpg: the name of a picture ends in .png",
+        ("runs/job", "--metric", "BLUE"): "--metric BLUE: no run here has it",
+        (tmp_path,): "not a run to compare",
+    }.items():
+        done = zlora(folder, "compare", *words)
+        assert message in done.communicate(timeout=60)[1]
+        assert done.returncode == 2

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.evaluate.alone import on_first_rank
 from pipeline.evaluate.gather import Gathering, choose
@@ -15,6 +16,7 @@ from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.job.labels import glue_labels
 from pipeline.job.spec import Evaluate, Train
 from pipeline.model.causal import Causal
+from pipeline.screen import json_text
 from pipeline.tasks.example import Labelled, Prompt, Reason
 from pipeline.tasks.sequences import Sequences
 from pipeline.tasks.tokens import Tokens
@@ -178,3 +180,9 @@ def write_predictions(file: Path, scores: Scores) -> Path | None:
         return None
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
+
+
+def add_scores(file: Path, found: dict[str, Any]) -> None:
+    """One more object, a line, behind those of earlier calls."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json_text(found) + "\n")

@@ -19,7 +19,7 @@ class Verdict(Enum):
 
 _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
-    r"|evaluate\..*|memory\..*|cluster\..*|sweep(\..*)?"
+    r"|evaluate\..*|memory\..*|cluster\..*|(sweep|published)(\..*)?"
     # Where base and data lie is free: what they hold is compared by digest.
     # Nor does a choice among the valid or test split touch what is trained.
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
@@ -57,6 +57,12 @@ def changes(before: Job, now: Job) -> list[Change]:
 def measured_otherwise(found: list[Change]) -> bool:
     """Whether the scores so far cannot be compared with those to come."""
     return any(_MEASURE.fullmatch(change.key) for change in found)
+
+
+def scored_otherwise(before: Job, now: Job) -> dict[str, Any]:
+    """The keys in which a scoring differs from those of the run, and their values now; the split apart, which stands beside each score."""
+    keys = [change for change in changes(before, now) if _MEASURE.fullmatch(change.key) or change.key.startswith("task.")]
+    return {change.key: change.now for change in keys if change.key != "evaluate.split"}
 
 
 def refuse_changes(found: list[Change], where: str, accept: bool) -> None:

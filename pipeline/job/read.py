@@ -24,7 +24,7 @@ from pipeline.job.method import Method, trains_matrices
 from pipeline.job.overrides import make_room, put, read_override
 from pipeline.job.section import Section
 from pipeline.job.settings import CLUSTER, read_settings, settings_file
-from pipeline.job.spec import Base, Evaluate, Job, Memory, Train
+from pipeline.job.spec import Base, Evaluate, Job, Memory, Published, Train
 from pipeline.job.sweep import Member, Sweep, expand
 from pipeline.job.task import Mix, SingleTask, Task
 from pipeline.job.toml import Asked, laid_over, read_toml
@@ -42,6 +42,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "memory": Memory,
     "cluster": Cluster,
     "sweep": Sweep,
+    "published": Published,
 }
 
 
@@ -142,8 +143,8 @@ def with_settings(job: Job) -> Job:
 
 
 def job_digest(job: Job) -> str:
-    """sha256 of the resolved job in canonical JSON, but for where it runs, and what else is made of it."""
-    canonical = json.dumps(job.model_dump(mode="json", exclude={"cluster", "sweep"}), sort_keys=True, separators=(",", ":"))
+    """sha256 of the resolved job in canonical JSON, but for where it runs, what else is made of it, and what others report of it."""
+    canonical = json.dumps(job.model_dump(mode="json", exclude={"cluster", "sweep", "published"}), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

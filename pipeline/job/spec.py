@@ -156,6 +156,25 @@ class Memory(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
+class Published(Section):
+    """What others report of this job. `zlora compare` shows it beside your runs; nothing else looks at it."""
+
+    source: Text
+    """Where, and which row: "LoRA paper, table 3: GPT-2 medium, LoRA 0.35M"."""
+    parameters: PositiveInt | None = None
+    """Trained, as printed there."""
+    scores: dict[str, float]
+    """A column of `zlora compare`, such as "test BLEU", and the value on that metric's own scale."""
+    spread: dict[str, float] = Field(default={})
+    """What stands behind their ±."""
+
+    @model_validator(mode="after")
+    def _of_scores(self) -> Published:
+        if alone := [name for name in self.spread if name not in self.scores]:
+            raise ValueError(f'spread has "{alone[0]}", and scores has not. Name it there, or leave it out.')
+        return self
+
+
 class Job(Section):
     base: Base
     methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
@@ -165,6 +184,7 @@ class Job(Section):
     memory: Memory = Memory()
     cluster: Cluster = Cluster()
     sweep: Sweep | None = None
+    published: Published | None = None
 
     @model_validator(mode="after")
     def _go_together(self) -> Job:

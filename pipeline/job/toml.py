@@ -1,7 +1,7 @@
 """A job's TOML file -> its keys, with those of the files that it extends underneath.
 
 `extends = "other.toml"` names a file beside this one, or a path from here; of several, a later one lies over an earlier one. Sections
-are laid over one another key by key; a list, `methods` among them, and a section of another kind take the place of the whole.
+are laid over one another key by key; a list, `methods` among them, `published`, and a section of another kind take the place of the whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ else:
 
 EITHER = ({"epochs", "steps"}, {"warmup_steps", "warmup_ratio"}, {"gpus_per_node", "ranks_per_node"})
 """Keys of [train] and [cluster] of which a job has one: one of them takes the place of the other in what lies underneath."""
+_WHOLE = "published"
+"""One row of somebody's: nothing of another row shows through it."""
 Keys = dict[str, Any]
 
 
@@ -98,5 +100,5 @@ def laid_over(under: Keys, over: Keys) -> Keys:
     found = {key: value for key, value in under.items() if key not in beaten}
     for key, value in over.items():
         below = found.get(key)
-        found[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        found[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) and key != _WHOLE else value
     return found

@@ -14,6 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from pipeline.run_folder import read_rows
 from pipeline.screen import finite, json_text
 from pipeline.weights.atomic import write_text
 
@@ -159,14 +160,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The whole rows of `metrics.jsonl`, none where there is no file; a process killed while writing leaves half of one."""
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.cluster.record import Began, Ended, Submitted, events
 from pipeline.cluster.standing import standing
-from pipeline.comparing import compare
+from pipeline.compare.collect import collect
+from pipeline.compare.group import compare
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.submitting import Asked
@@ -105,9 +106,9 @@ def test_a_sweep_is_one_array_and_what_is_not_finished_is_submitted_alone(slurm,
         assert rows(run / name) == rows(place / "alone" / name), "to the last bit"
         assert delta_bytes(run / name) == delta_bytes(place / "alone" / name)
     assert (run / MEMBERS[3] / "merged" / "merge.json").is_file()
-    table = compare(find_runs([run]))
-    assert table["keys"] == ["methods[0].rank", "train.seed"]
-    assert [group["runs"] for group in table["groups"]] == [2, 2]
+    table = compare(collect([run]))
+    assert table.differ == ("methods[0].rank", "train.seed")
+    assert [(len(row.runs), row.left_out) for row in table.rows] == [(2, {}), (2, {})]
 
 
 def test_a_member_of_a_sweep_is_cancelled_with_its_state_saved(slurm, place):

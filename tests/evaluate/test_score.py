@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from pipeline.compare.collect import collect
 from pipeline.evaluate.metrics.choose import metrics_of
 from pipeline.evaluate.metrics.own import exact_match
 from pipeline.job.errors import JobError
@@ -63,6 +64,13 @@ def test_a_task_is_scored_by_its_own_metrics(gpt2_base, ranks2, zlora, tmp_path)
     assert zlora("merge", gpt2_base, run / "best", "--out", tmp_path / "merged")[0] == 0
     assert f"valid by the best delta of {run}, after {step} steps" in done.stdout
     assert f"{told['best']['value']:.4f}" in done.stdout
+    kept = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert kept[0] == again
+    assert [(row["delta"], row["changed"]) for row in kept] == [("last", {}), ("best", {})]
+    (found,) = collect([run])
+    assert found.results["valid ROUGE_L"] == told["valid"]["ROUGE_L"] == again["metrics"]["ROUGE_L"]
+    assert found.results["best valid ROUGE_L"] == kept[1]["metrics"]["ROUGE_L"]
+    assert found.results["best valid BLEU"] == kept[1]["metrics"]["BLEU"]
     assert (run / "predictions" / "valid-best.jsonl").read_bytes() == (run / "predictions" / f"valid-{step:06d}.jsonl").read_bytes()
 
 

@@ -6,10 +6,11 @@ from typing import get_args
 
 import pytest
 
-from pipeline.job.changes import Verdict, _verdict, changes, flat, measured_otherwise, refuse_changes
+from pipeline.job.changes import Verdict, _verdict, changes, flat, measured_otherwise, refuse_changes, scored_otherwise
 from pipeline.job.cluster import Cluster
 from pipeline.job.errors import JobError
 from pipeline.job.method import Method
+from pipeline.job.read import job_digest
 from pipeline.job.spec import Job
 from pipeline.job.task import Task
 
@@ -24,7 +25,7 @@ FREE = {
     "evaluate.seed", "evaluate.script", "evaluate.best_metric", "evaluate.patience",
     "memory.config", "memory.nvme_path", "memory.gradient_checkpointing",
     *(f"cluster.{key}" for key in Cluster.model_fields if key != "environment"), "cluster.environment.NAME",
-    "sweep",
+    "sweep", "published",
 }  # fmt: skip
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
@@ -119,3 +120,15 @@ def test_another_methods_state_does_not_fit_whatever_is_accepted():
 def test_a_method_more_is_a_change():
     two = job().model_copy(update={"methods": job().methods * 2})
     assert {change.key for change in changes(job(), two)} >= {"methods[1].kind", "methods[1].rank"}
+
+
+def test_a_scoring_says_in_what_it_is_another_than_the_run_s():
+    asked = job(evaluate__max_prompts=9, evaluate__batch_tokens=64, evaluate__split="test", memory__gradient_checkpointing=True)
+    task = asked.task.model_copy(update={"data": "elsewhere"})
+    assert scored_otherwise(job(), asked.model_copy(update={"task": task})) == {"evaluate.max_prompts": 9, "task.data": "elsewhere"}
+
+
+def test_what_others_report_makes_no_other_job():
+    told = job(published={"source": "a table", "scores": {"test BLEU": 0.7}})
+    assert job_digest(told) == job_digest(job())
+    refuse_changes(changes(job(), told), "runs/x", accept=False)

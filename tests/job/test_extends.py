@@ -63,6 +63,16 @@ def test_a_section_of_another_kind_takes_the_place_of_the_whole():
     assert read('[task]\nkind = "jsonl"\nseparator = "!"\n').task.data.endswith("train.jsonl")
 
 
+def test_what_others_report_takes_the_place_of_the_whole():
+    row = '[published]\nsource = "{}"\nscores = {{ "test BLEU" = 0.7{} }}\n'
+    write("jobs/common.toml", SHORT + row.format("a", ', "test TER" = 0.4') + 'spread = { "test TER" = 0.1 }\n')
+    assert read("").published.spread == {"test TER": 0.1}
+    found = read(row.format("b", "")).published
+    assert (found.source, found.scores, found.spread) == ("b", {"test BLEU": 0.7}, {})
+    said = 'jobs/job.toml: published: spread has "test TER", and scores has not.'
+    assert refused(row.format("b", "") + 'spread = { "test TER" = 0.1 }\n').startswith(said)
+
+
 def test_one_of_two_keys_takes_the_place_of_the_other():
     job = read("[train]\nsteps = 9\n")
     assert (job.train.steps, job.train.epochs) == (9, None)
