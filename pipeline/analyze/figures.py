@@ -16,9 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Report = dict[str, Any]
+Cell = tuple[Axes, str, np.ndarray, list[int] | None]
+"""Panel, title, phi, and what its rows are numbered by."""
 _COLOURS = ("#5e81ac", "#d08770", "#a3be8c", "#b48ead", "#ebcb8b", "#bf616a", "#4c566a")
 _LAYERS = "viridis"
-_STYLE = {
+# Any: matplotlib's own type lists every key.
+_STYLE: Any = {
     "figure.titlesize": 10,
     "axes.titlesize": 9,
     "axes.labelsize": 8,
@@ -36,7 +39,8 @@ def figures_of(report: Report) -> dict[str, Callable[[], Figure]]:
     drawn: dict[str, Callable[[], Figure]] = {"spectra": partial(_spectra, report)}
     if any(row["similarity"] for row in report["maps"]):
         drawn["similarity"] = partial(_similarity, report)
-        drawn["similarity_by_layer"] = partial(_similarity_by_layer, report)
+        if len(report["deltas"]) > 1:
+            drawn["similarity_by_layer"] = partial(_similarity_by_layer, report)
     if report["base"]:
         drawn["weight_and_update"] = partial(_weight_and_update, report)
         drawn["amplification"] = partial(_amplification, report)
@@ -93,12 +97,12 @@ def _similarity(report: Report) -> Figure:
     rows = {row["role"]: row["similarity"] for row in report["maps"] if row["layer"] == layer and row["similarity"]}
     columns = max(len(_panels(phi)) for phi in rows.values())
     figure, panels = _grid(len(rows), columns, f"φ(i, j), layer {layer}: {one} (i, down) and {other} (j, across)")
-    for line, (role, phi) in zip(panels, rows.items(), strict=True):
-        for axes in line[len(_panels(phi)) :]:
-            axes.set_axis_off()
-        for axes, (title, values) in zip(line, _panels(phi), strict=False):
-            _heat(figure, axes, values, f"{role}: {title}")
-    return figure
+    cells: list[Cell] = [
+        (axes, f"{role}: {title}", values, None)
+        for line, (role, phi) in zip(panels, rows.items(), strict=True)
+        for axes, (title, values) in zip(line, _panels(phi), strict=False)
+    ]
+    return _heat(figure, panels, cells)
 
 
 def _panels(phi: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
@@ -121,15 +125,14 @@ def _similarity_by_layer(report: Report) -> Figure:
     """Figures 6 and 7: layers from the first to the last."""
     (one, other), roles, layers = _pair(report), _roles(report), four(_compared(report))
     figure, panels = _grid(len(roles), len(layers), f"φ(i, j) by layer: {one} (i, down) and {other} (j, across)")
+    found = {(row["role"], row["layer"]): row["similarity"] for row in report["maps"] if row["similarity"]}
+    cells: list[Cell] = []
     for line, role in zip(panels, roles, strict=True):
         for axes, layer in zip(line, layers, strict=True):
-            phi = next((row["similarity"] for row in report["maps"] if (row["role"], row["layer"]) == (role, layer)), None)
-            which = "a" if phi and phi["a"] else "right"
-            if phi and phi[which]:
-                _heat(figure, axes, np.array(phi[which]), f"{role}, layer {layer}: {_SYMBOLS[which]}")
-            else:
-                axes.set_axis_off()
-    return figure
+            if phi := found.get((role, layer)):
+                title, values = _panels(phi)[0]
+                cells.append((axes, f"{role}, layer {layer}: {title}", values, None))
+    return _heat(figure, panels, cells)
 
 
 def _weight_and_update(report: Report) -> Figure:
@@ -138,16 +141,12 @@ def _weight_and_update(report: Report) -> Figure:
     rows = [row for row in report["maps"] if row["layer"] == layer]
     names = _names(report)
     figure, panels = _grid(len(rows), len(names) + 1, f"φ(i, j), layer {layer}: W (i, down) and dW (j, across), right singular directions")
+    cells: list[Cell] = []
     for line, row in zip(panels, rows, strict=True):
         known = [(name, found["w_similarity"]) for name, found in zip(names, row["deltas"], strict=True) if found]
-        shown = [(name, found["i"], np.array(found["right"])) for name, found in known]
-        shown.append(("random", known[-1][1]["i"], np.array(known[-1][1]["random"])))
-        largest = max(float(values.max()) for _, _, values in shown)
-        for axes in line[len(shown) :]:
-            axes.set_axis_off()
-        for axes, (name, grid, values) in zip(line, shown, strict=False):
-            _heat(figure, axes, values, f"{row['role']}: {name}", largest, grid)
-    return figure
+        shown = [(name, phi["right"], phi["i"]) for name, phi in known] + [("random", known[-1][1]["random"], known[-1][1]["i"])]
+        cells += [(axes, f"{row['role']}: {name}", np.array(phi), i) for axes, (name, phi, i) in zip(line, shown, strict=False)]
+    return _heat(figure, panels, cells)
 
 
 def _amplification(report: Report) -> Figure:
@@ -171,13 +170,19 @@ def _amplification(report: Report) -> Figure:
     return figure
 
 
-def _heat(figure: Figure, axes: Axes, values: np.ndarray, title: str, largest: float = 1.0, i: list[int] | None = None) -> None:
-    shown = axes.imshow(values, vmin=0, vmax=largest, aspect="auto", interpolation="nearest", cmap="magma")
-    for axis, count, numbers in ((axes.yaxis, values.shape[0], i), (axes.xaxis, values.shape[1], None)):
-        places = range(0, count, -(-count // 8))
-        axis.set_ticks(places, [str((numbers or range(1, count + 1))[place]) for place in places])
-    axes.set_title(title)
-    figure.colorbar(shown, ax=axes)
+def _heat(figure: Figure, panels: list[list[Axes]], cells: list[Cell]) -> Figure:
+    """All in one range of colours; panels without a cell stay empty."""
+    largest = max(float(np.nanmax(values)) for _, _, values, _ in cells)
+    for axes in {axes for line in panels for axes in line} - {cell[0] for cell in cells}:
+        axes.set_axis_off()
+    for axes, title, values, i in cells:
+        shown = axes.imshow(values, vmin=0, vmax=largest, aspect="auto", interpolation="nearest", cmap="magma")
+        for axis, count, numbers in ((axes.yaxis, values.shape[0], i), (axes.xaxis, values.shape[1], None)):
+            places = range(0, count, -(-count // 8))
+            axis.set_ticks(places, [str((numbers or range(1, count + 1))[place]) for place in places])
+        axes.set_title(title)
+    figure.colorbar(shown, ax=[axes for line in panels for axes in line], label="φ")
+    return figure
 
 
 def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:

@@ -62,9 +62,7 @@ class Left:
     why: str
 
 
-def maps_of(
-    stored: StoredDelta, folder: Path, heads: int | None, linears: Mapping[str, BaseLinear] | None
-) -> tuple[list[Map], list[Left]]:
+def maps_of(stored: StoredDelta, folder: Path, heads: int | None, linears: Mapping[str, BaseLinear] | None) -> tuple[list[Map], list[Left]]:
     """Its maps in the order of the manifest, and what it has beside them.
 
     Args:
@@ -123,7 +121,7 @@ def _parts(module: str, tensor: str, transposed: bool, rows: int, heads: int | N
     for name, role in roles.items():
         groups = (heads or 1) if role.per_head else 1
         if rows % (groups * role.parts):
-            raise JobError(f"{folder}: {module} has {rows} rows, which are not {role.parts} equal parts. Is it damaged, or of another base?")
+            raise JobError(f"{folder}: {module} has {rows} rows, which are not {role.parts} equal parts. Name another delta.")
         count = rows // groups // role.parts
         maps.append(Map(int(number), name, module, tensor, transposed, Rows(count * role.part, count, groups), rows, None))
     return maps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.analyze.walk import BASES
 from pipeline.screen import Screen
 
 _SHOWN = 4
@@ -16,7 +17,7 @@ def show_analysis(screen: Screen, report: dict[str, Any], out: Path | None) -> N
     for place, told in enumerate(report["deltas"]):
         found = [(entry, entry["deltas"][place]) for entry in summary if entry["deltas"][place]["norm"]]
         title = f"{f'delta {place + 1}: ' if two else ''}{told['delta']}"
-        rows = [
+        spectra = [
             (
                 entry["role"],
                 str(entry["layers"]),
@@ -28,9 +29,9 @@ def show_analysis(screen: Screen, report: dict[str, Any], out: Path | None) -> N
             )
             for entry, one in found
         ]
-        screen.columns(f"{title}: spectra of dW", ("", "layers", "rank", "||dW||", "effective rank", "stable rank", "for 90 %"), rows)
+        screen.columns(f"{title}: spectra of dW", ("", "layers", "rank", "||dW||", "effective rank", "stable rank", "for 90 %"), spectra)
         if report["base"]:
-            rows = [
+            norms = [
                 (
                     entry["role"],
                     _mean(entry["w_norm"]),
@@ -43,17 +44,16 @@ def show_analysis(screen: Screen, report: dict[str, Any], out: Path | None) -> N
                 )
                 for entry, one in found
             ]
-            names = ("", "||W||", "||dW||", "in dW's", "in W's", "in random", "amplification", "phi(W, dW) (random)")
-            screen.columns(f"{title}: ||U' W V|| with the directions of dW, of W, and random ones", names, rows)
+            heads = ("", "||W||", "||dW||", "in dW's", "in W's", "in random", "amplification", "phi(W, dW) (random)")
+            screen.columns(f"{title}: ||U' W V|| with the directions of dW, of W, and random ones", heads, norms)
     if two:
-        rows = [
-            (entry["role"], *(f"{_mean(same[which]['first'])} / {_mean(same[which]['all'])}" for which in ("a", "b", "right", "left")),
-             _mean(same["random"]["all"]))
-            for entry in summary
-            if (same := entry["similarity"])
-        ]  # fmt: skip
+        both = [(entry["role"], entry["similarity"]) for entry in summary if entry["similarity"]]
+        phis = [
+            (role, *(f"{_mean(phi[which]['first'])} / {_mean(phi[which]['all'])}" for which in BASES), _mean(phi["random"]["all"]))
+            for role, phi in both
+        ]
         names = ("", "A", "B", "dW's right", "dW's left", "random")
-        screen.columns("phi of the two: the first direction / all that both have", names, rows)
+        screen.columns("phi of the two: the first direction / all that both have", names, phis)
     _show_left(screen, report)
     if out:
         screen.table("written", [("report", str(out / "analysis.json")), ("TensorBoard", f"tensorboard --logdir {out}")])

@@ -1,8 +1,8 @@
 """Subspaces and spectra as section 7 and appendices G, H of Hu et al. 2021 have them. Mathematics alone: matrices in, numbers out.
 
 A basis is a matrix [N, I] of orthonormal columns in order, the first of them most important: singular vectors, the largest value first.
-phi(U, V, i, j) = ||U_i' V_j||_F^2 / min(i, j) of the first i columns of U and the first j of V: 1 where one subspace holds the other, 0 where
-they are orthogonal. It is the mean of the squared cosines of their principal angles, so 1 - phi is the squared Projection Metric
+phi(U, V, i, j) = ||U_i' V_j||_F^2 / min(i, j) of the first i columns of U and the first j of V: 1 where one subspace holds the other, 0
+where they are orthogonal. It is the mean of the squared cosines of their principal angles, so 1 - phi is the squared Projection Metric
 (Ham & Lee 2008) over min(i, j). The paper prints "1 - d^2" over it, where p - d^2 is meant, p = min(i, j).
 Shapes: W [D, K], U [D, R], V [K, R], s [R].
 """
@@ -68,11 +68,6 @@ def directions(s: torch.Tensor, side: int) -> int:
 def effective_rank(s: torch.Tensor) -> float:
     """exp of the entropy of s / sum(s) (Roy & Vetterli 2007): between 1 and len(s), which equal values give."""
     return float(torch.special.entr(s.double() / s.double().sum()).sum().exp())
-
-
-def stable_rank(s: torch.Tensor) -> float:
-    """||M||_F^2 / ||M||_2^2."""
-    return float((s.double() / s[0].double()).square().sum())
 
 
 def directions_for(s: torch.Tensor, share: float) -> int:

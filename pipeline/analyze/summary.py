@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.analyze.walk import BASES
+
 Row = dict[str, Any]
 
 
@@ -51,7 +53,7 @@ def _similarity(found: dict[int, Row]) -> dict[str, Any] | None:
     if not found:
         return None
     told = {}
-    for which in ("a", "b", "right", "left", "random"):
+    for which in (*BASES, "random"):
         phi = {layer: row[which] for layer, row in found.items() if row[which]}
         told[which] = {
             "first": _over({layer: values[0][0] for layer, values in phi.items()}),

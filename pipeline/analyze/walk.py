@@ -21,7 +21,6 @@ from pipeline.analyze.subspace import (
     random_basis,
     right_basis,
     similarity,
-    stable_rank,
 )
 from pipeline.deltas.lowrank import svd_of, svd_of_pair
 from pipeline.job.errors import JobError
@@ -30,8 +29,11 @@ from pipeline.weights.read import Reader
 
 EXACT_SIDE = 4096
 """A matrix whose shorter side is longer takes minutes for all its singular vectors."""
+BASES = ("a", "b", "right", "left")
+"""Right singular vectors of A, left ones of B, both of dW."""
 _TOP_SHARE = 0.1
 """Of W's directions, in which those of dW are looked for: figure 8 goes as far."""
+_ROLES = ("q", "k", "v", "q+k+v", "o", "mlp_gate", "mlp_in", "mlp_out")
 _GRID = 32
 """Places on the axis of W's directions."""
 _BLOCK_ELEMENTS = 1 << 20
@@ -56,6 +58,12 @@ class Update:
     """Left singular vectors of B [D, N]."""
     exact: bool
 
+    @property
+    def bases(self) -> dict[str, torch.Tensor]:
+        """Those that it has, by `BASES`."""
+        found = zip(BASES, (self.a, self.b, self.right, self.left), strict=True)
+        return {name: basis for name, basis in found if basis is not None}
+
 
 def walk(deltas: Sequence[Sequence[Map]], checkpoint: Checkpoint | None, limit: int, exact: bool) -> Iterator[dict[str, Any]]:
     """A row of numbers for each map.
@@ -76,9 +84,9 @@ def walk(deltas: Sequence[Sequence[Map]], checkpoint: Checkpoint | None, limit: 
 
 
 def keys_of(deltas: Iterable[Iterable[Map]]) -> list[tuple[int, str]]:
-    """Layer and role of every map, layer by layer; roles in their usual order."""
+    """Layer and role of every map, layer by layer; roles as a forward pass meets them, those that are paths behind."""
     keys = dict.fromkeys(one.key for maps in deltas for one in maps)
-    return sorted(keys, key=lambda key: key[0])
+    return sorted(keys, key=lambda key: (key[0], _ROLES.index(key[1]) if key[1] in _ROLES else len(_ROLES)))
 
 
 def read_weight(reader: Reader, entry: Entry, one: Map) -> torch.Tensor:
@@ -162,6 +170,7 @@ def _figures(update: Update) -> dict[str, Any]:
         "singular_values": s.tolist(),
         # Of leading values alone they would say nothing.
         "effective_rank": effective_rank(s) if update.exact else None,
+        # ||dW||_F^2 / ||dW||_2^2
         "stable_rank": (update.norm / float(s[0])) ** 2,
         "directions_for_90_percent": directions_for(s, 0.9) if update.exact else None,
         "amplification": None,
@@ -174,10 +183,10 @@ def _within(w: torch.Tensor, updates: list[Update | None], figures: list[Any], n
     side = min(w.shape)
     exact = exact or side <= EXACT_SIDE
     most = max(update.right.shape[1] for update in updates if update)
-    top = min(side, max(most, round(_TOP_SHARE * side)))
+    top = max(1, round(_TOP_SHARE * side))
     if exact:
         w = w.double()
-    svd = svd_of(w, top, exact)
+    svd = svd_of(w, max(top, most), exact)
     grid = sorted({round(1 + place * (top - 1) / (_GRID - 1)) for place in range(_GRID)})
     for update, found in zip(updates, figures, strict=True):
         if update is None:
@@ -206,13 +215,14 @@ def _between(updates: list[Update | None], name: str, limit: int) -> dict[str, A
     known = [update for update in updates if update]
     first, other = known[0], known[1] if len(known) > 1 else None
     found: dict[str, Any] = {}
-    for which in ("a", "b", "right", "left"):
-        basis = getattr(first, which)
-        against = getattr(other, which) if other else None if basis is None else random_basis(*basis.shape, f"{name}:{which}:second")
-        found[which] = None if basis is None or against is None else _rounded(similarity(basis[:, :limit], against[:, :limit]))
+    for which, basis in first.bases.items():
+        size, count = basis.shape
+        against = other.bases.get(which) if other else random_basis(size, count, f"{name}:{which}:second")
+        if against is not None:
+            found[which] = _rounded(similarity(basis[:, :limit], against[:, :limit]))
     right = [update.right if update.a is None else update.a for update in (first, other or first)]
     control = [random_basis(len(basis), min(limit, basis.shape[1]), f"{name}:control {n}") for n, basis in enumerate(right)]
-    return found | {"random": _rounded(similarity(*control))}
+    return {which: found.get(which) for which in BASES} | {"random": _rounded(similarity(*control))}
 
 
 def _rounded(values: torch.Tensor) -> list[list[float]]:

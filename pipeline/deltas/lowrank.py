@@ -144,11 +144,9 @@ def best_of(difference: torch.Tensor, rank: int, exact: bool) -> Cut:
     """The best pair of a matrix M [D, K] of numbers, or (not `exact`) a near one with its error counted truly."""
     svd = svd_of(difference, rank, exact)
     norm = float(difference.double().square().sum())
-    if exact:
-        error = float(svd.spectrum[len(svd.s) :].square().sum())
-    else:
-        # U is of orthonormal columns, so what is left is what is not within them.
-        error = max(0.0, norm - float(svd.s.double().square().sum()))
+    # U is of orthonormal columns, so what is left is what is not within them.
+    outside = max(0.0, norm - float(svd.s.double().square().sum()))
+    error = float(svd.spectrum[len(svd.s) :].square().sum()) if exact else outside
     root = svd.s.sqrt()
     a, b = (svd.v * root).T, svd.u * root
     return Cut(a.float().contiguous(), b.float().contiguous(), math.sqrt(norm), math.sqrt(error))
