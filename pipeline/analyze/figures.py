@@ -181,7 +181,7 @@ def _heat(figure: Figure, panels: list[list[Axes]], cells: list[Cell]) -> Figure
             places = range(0, count, -(-count // 8))
             axis.set_ticks(places, [str((numbers or range(1, count + 1))[place]) for place in places])
         axes.set_title(title)
-    figure.colorbar(shown, ax=[axes for line in panels for axes in line], label="φ")
+    figure.colorbar(shown, ax=[axes for line in panels for axes in line], label="φ", fraction=0.03, pad=0.01)
     return figure
 
 

@@ -110,7 +110,7 @@ def maps_of(stored: StoredDelta, folder: Path, heads: int | None, linears: Mappi
 
 def _parts(module: str, tensor: str, transposed: bool, rows: int, heads: int | None, folder: Path) -> list[Map]:
     """One for each role; none where it is in no layer."""
-    if (found := re.match(r"(.+?)\.(\d+)\.(.+)", module)) is None:
+    if (found := re.match(r"(.+?)\.(\d{1,6})\.(.+)", module)) is None:
         return []
     layers, number, inner = found.groups()
     family = next((family for family in FAMILIES.values() if family.layers == layers), None)
