@@ -59,8 +59,6 @@ def analyze(
     Raises:
         JobError: damaged files, another base, nothing to analyse, layers or roles that are not there; `out` is there already.
     """
-    if not 1 <= len(given) <= 2:
-        raise JobError(f"zlora analyze: takes one delta or two, not {len(given)}. Compare them two by two.")
     if out:
         refuse_filled(out)
     folders = [delta_folder(path) for path in given]

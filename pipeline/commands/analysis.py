@@ -13,7 +13,8 @@ from pipeline.job.errors import JobError
 
 
 def analyze(
-    delta: Annotated[list[Path], typer.Argument(metavar="DELTA [DELTA2]", help="A run's folder delta/ or best/; a second to compare.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A run's folder delta/ or best/.")],
+    delta2: Annotated[Path | None, typer.Argument(metavar="DELTA2", help="Another of the same base, to compare.")] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Folder or hub id of their base, for whatever needs its weights.")
     ] = None,
@@ -27,7 +28,7 @@ def analyze(
 ) -> None:
     """Look into deltas as section 7 of the paper does: spectra, subspace similarity of two, the base's weight in their directions.
 
-    Example: zlora analyze runs/r8/delta runs/r64/delta --base gpt2-medium --out analysis
+    Example: zlora analyze runs/r8 runs/r64 --base gpt2-medium --out look
     """
     from pipeline.analyze.report import analyze as analyze_deltas
     from pipeline.analyze.show import show_analysis
@@ -37,7 +38,9 @@ def analyze(
     roles, numbers = (tuple(filter(None, text.split(","))) for text in (targets, layers))
     if wrong := next((number for number in numbers if not number.isdecimal()), None):
         raise JobError(f'--layers: "{wrong}" is no number of a layer. Give them as in 0,11.')
-    report = analyze_deltas(delta, base, revision, out, directions, tuple(map(int, numbers)), roles, exact, screen.named)
+    report = analyze_deltas(
+        [delta, delta2] if delta2 else [delta], base, revision, out, directions, tuple(map(int, numbers)), roles, exact, screen.named
+    )
     if as_json:
         print(json_text(report))
         return

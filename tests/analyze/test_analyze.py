@@ -288,7 +288,6 @@ def test_what_does_not_fit_is_said(two, gpt2_base, llama_base, tmp_path):
     refused("--layers: 9 is not changed .* There are 0, 1, 2", two[:1], layers=(9,))
     refused("--targets: o is not changed .* There are q, v", two[:1], targets=("o",))
     refused("change no map in common", [llama, make_delta(llama_base, tmp_path / "other", 1, ("o_proj",))])
-    refused("takes one delta or two, not 3", [*two, two[0]])
     refused("no manifest.json here", [tmp_path / "nowhere"])
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
