@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from pipeline.commands import before, deltas, library, machine, outward, queue, runs, sweeps, texts, watch
+from pipeline.commands import analysis, before, deltas, library, machine, outward, queue, runs, sweeps, texts, watch
 from pipeline.job.errors import JobError, of_system
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
     app.command()(command)
 for folder_command in (deltas.merge, deltas.switch, deltas.unmerge, deltas.verify):
     app.command()(folder_command)
+app.command()(analysis.analyze)
 app.command("import")(deltas.import_)
 app.command()(outward.export)
 app.add_typer(library.deltas)

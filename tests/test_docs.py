@@ -97,11 +97,11 @@ def test_the_readme_names_every_folder_and_the_docs_every_command():
     assert len(rooms) == 15
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
-    pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md"))
+    pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md", "analyze.md"))
     commands = get_command(app).commands
     assert set(commands) == {
         *("doctor", "submit", "batch", "check", "fetch", "data", "plan", "methods", "profile", "train", "evaluate", "generate", "score"),
-        *("merge", "switch", "unmerge", "verify", "import", "export", "deltas"),
+        *("merge", "switch", "unmerge", "verify", "import", "export", "deltas", "analyze"),
         *("sweep", "compare", "status", "logs", "cancel"),
     }
     below = {f"deltas {name}": command for name, command in commands["deltas"].commands.items()}

@@ -62,6 +62,28 @@ def blocks_of(b: torch.Tensor) -> list[Block]:
     return [Block(tuple(sorted(group)), nonzero[:, group].any(1).nonzero().flatten()) for group in filled]
 
 
+@dataclass(frozen=True)
+class Svd:
+    """M = U diag(s) V', the largest first; the leading directions alone."""
+
+    u: torch.Tensor
+    """[D, N], columns of norm 1."""
+    s: torch.Tensor
+    """[N]"""
+    v: torch.Tensor
+    """[K, N]"""
+    spectrum: torch.Tensor
+    """All singular values of M as far as they are known: min(D, K), or only s."""
+
+
+def svd_of_pair(a: torch.Tensor, b: torch.Tensor, scale: float) -> Svd:
+    """Of `scale` B A, all R directions, in fp64."""
+    inner_b, outer_b = torch.linalg.qr(b.double())
+    inner_a, outer_a = torch.linalg.qr(a.T.double())
+    u, s, v = torch.linalg.svd(outer_b @ outer_a.T * scale, full_matrices=False)
+    return Svd(inner_b @ u, s, inner_a @ v.T, s)
+
+
 def cut(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int | None = None, energy: float | None = None) -> Cut:
     """The best pair of each block with `rank` rows, or with as few as keep the share `energy` of its squared norm.
 
@@ -72,17 +94,15 @@ def cut(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int | None = None,
     norm = error = 0.0
     for block in blocks_of(b):
         columns = list(block.columns)
-        inner_b, outer_b = torch.linalg.qr(b[block.rows][:, columns].double())
-        inner_a, outer_a = torch.linalg.qr(a[columns].T.double())
-        u, s, v = torch.linalg.svd(outer_b @ outer_a.T * scale, full_matrices=False)
-        squares = s.square()
+        svd = svd_of_pair(a[columns], b[block.rows][:, columns], scale)
+        s, squares = svd.s, svd.s.square()
         kept = len(s) if rank is None else min(rank, len(s))
         if energy is not None:
             kept = int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1
         kept = max(1, min(kept, len(s)))
         whole = b.new_zeros(b.shape[0], kept, dtype=torch.float64)
-        whole[block.rows] = inner_b @ u[:, :kept] * s[:kept].sqrt()
-        parts.append(((inner_a @ v[:kept].T * s[:kept].sqrt()).T, whole))
+        whole[block.rows] = svd.u[:, :kept] * s[:kept].sqrt()
+        parts.append(((svd.v[:, :kept] * s[:kept].sqrt()).T, whole))
         norm += float(squares.sum())
         error += float(squares[kept:].sum())
     new_a, new_b = torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts], dim=1)
@@ -97,31 +117,36 @@ def stacked(pairs: list[tuple[torch.Tensor, torch.Tensor, float]]) -> tuple[torc
     return a[order].contiguous(), b[:, order].contiguous()
 
 
-def best_of(difference: torch.Tensor, rank: int, exact: bool) -> Cut:
-    """The best pair of a matrix M [D, K] of numbers, or a near one.
+def svd_of(matrix: torch.Tensor, count: int, exact: bool) -> Svd:
+    """The `count` leading directions of a matrix M [D, K] of numbers.
 
     Args:
         exact: by all eigenvectors of M M' or M' M, whichever is smaller, in fp64: thirty times as fast as an SVD, and as good to
-            half of fp64's digits. Else a randomised SVD in fp32 (Halko et al. 2011), with its error counted truly.
+            half of fp64's digits. Else a randomised SVD in fp32 (Halko et al. 2011).
     """
-    rank = min(rank, *difference.shape)
-    if exact:
-        tall = difference.shape[0] > difference.shape[1]
-        wide = (difference.T if tall else difference).double()
-        squares, u = (found.flip(-1) for found in torch.linalg.eigh(wide @ wide.T))
-        u = u[:, :rank]
-        v = wide.T @ u
-        s = v.norm(dim=0)
-        v = v / s.clamp_min(torch.finfo(s.dtype).tiny)
-        u, v = (v, u) if tall else (u, v)
-        norm, error = float(wide.square().sum()), float(squares[rank:].clamp_min(0.0).sum())
-    else:
+    count = min(count, *matrix.shape)
+    if not exact:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(difference, min(rank + _MORE, *difference.shape), niter=_ROUNDS)
-        norm = float(difference.double().square().sum())
-        # U is of orthonormal columns, so what is left is what is not within them.
-        error = max(0.0, norm - float(s[:rank].double().square().sum()))
-    root = s[:rank].sqrt()
-    a, b = (v[:, :rank] * root).T, u[:, :rank] * root
+            u, s, v = torch.svd_lowrank(matrix, min(count + _MORE, *matrix.shape), niter=_ROUNDS)
+        return Svd(u[:, :count], s[:count], v[:, :count], s[:count])
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if tall else matrix).double()
+    squares, u = (found.flip(-1) for found in torch.linalg.eigh(wide @ wide.T))
+    u = u[:, :count]
+    v = wide.T @ u
+    s = v.norm(dim=0)
+    v = v / s.clamp_min(torch.finfo(s.dtype).tiny)
+    return Svd(*((v, s, u) if tall else (u, s, v)), squares.clamp_min(0.0).sqrt())
+
+
+def best_of(difference: torch.Tensor, rank: int, exact: bool) -> Cut:
+    """The best pair of a matrix M [D, K] of numbers, or (not `exact`) a near one with its error counted truly."""
+    svd = svd_of(difference, rank, exact)
+    norm = float(difference.double().square().sum())
+    # U is of orthonormal columns, so what is left is what is not within them.
+    outside = max(0.0, norm - float(svd.s.double().square().sum()))
+    error = float(svd.spectrum[len(svd.s) :].square().sum()) if exact else outside
+    root = svd.s.sqrt()
+    a, b = (svd.v * root).T, svd.u * root
     return Cut(a.float().contiguous(), b.float().contiguous(), math.sqrt(norm), math.sqrt(error))

@@ -108,13 +108,19 @@ def mix(base: Path, given: Sequence[tuple[Path, float]], dtype: str | None = Non
     checkpoint = open_checkpoint(base)
     digests = file_digests(checkpoint.files)
     for one in shares:
-        if base_digest(digests) != one.stored.manifest.base_digest:
-            raise JobError(
-                f"{base}: its digest is {base_digest(digests)[:12]}..., the delta {one.folder} was trained on "
-                f"{one.stored.manifest.base_digest[:12]}... ({one.stored.manifest.base}). Name the base that the delta was trained on."
-            )
-        _refuse_misfit(checkpoint, changes_of([(one.weight, one.stored)]), one.folder)
+        refuse_other_base(base, digests, one.stored.manifest, one.folder)
+        refuse_misfit(checkpoint, changes_of([(one.weight, one.stored)]), one.folder)
     return Mixture(checkpoint, digests, tuple(shares), dtype, changes_of((one.weight, one.stored) for one in shares))
+
+
+def refuse_other_base(base: Path, digests: dict[str, str], manifest: Manifest, delta: Path) -> None:
+    """Raises:
+    JobError: the delta was trained on another base."""
+    if base_digest(digests) != manifest.base_digest:
+        raise JobError(
+            f"{base}: its digest is {base_digest(digests)[:12]}..., the delta {delta} was trained on "
+            f"{manifest.base_digest[:12]}... ({manifest.base}). Name the base that the delta was trained on."
+        )
 
 
 def _refuse_unfolded(manifest: Manifest, delta: Path) -> None:
@@ -164,7 +170,9 @@ def _refuse_unaddable(shares: Sequence[Share]) -> None:
             )
 
 
-def _refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
+def refuse_misfit(checkpoint: Checkpoint, changes: dict[str, Change], delta: Path) -> None:
+    """Raises:
+    JobError: a tensor that is not in the base, or of another shape."""
     for name, change in changes.items():
         entry = checkpoint.entries.get(name)
         shape = entry.shape if entry else ()

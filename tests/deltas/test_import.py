@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, RobertaForSequenceClassification
 
+from pipeline.analyze.report import analyze
 from pipeline.deltas.merge import merge
 from pipeline.importing import import_delta
 from pipeline.job.errors import JobError
@@ -68,6 +69,19 @@ def test_the_papers_checkpoint_is_in_the_delta_to_the_bit(published, mnli):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     head = stored.manifest.head
     assert (head.labels, head.architecture) == (MNLI, "RobertaForSequenceClassification")
+
+
+def test_its_spectra_are_those_of_its_products(published, mnli):
+    theirs = torch.load(published, map_location="cpu", weights_only=True)
+    rows = analyze([mnli])["maps"]
+    assert [(row["layer"], row["role"]) for row in rows] == [(layer, role) for layer in range(12) for role in "qv"]
+    for row in rows:
+        (found,) = row["deltas"]
+        product = 2 * theirs[f"{row['module']}.lora_B"].double() @ theirs[f"{row['module']}.lora_A"].double()
+        values = torch.linalg.svdvals(product)[:8]
+        torch.testing.assert_close(torch.tensor(found["singular_values"], dtype=torch.float64), values, atol=0, rtol=1e-5)
+        # What the paper says of its own: few directions have most of it.
+        assert 1 < found["effective_rank"] < 8
 
 
 def test_it_attaches_to_a_roberta_base_with_every_name_and_none_too_many(roberta_shaped, mnli):
