@@ -94,15 +94,15 @@ def test_the_rows_of_the_page_of_data_are_read_by_the_jobs_beside_them(tmp_path,
 def test_the_readme_names_every_folder_and_the_docs_every_command():
     readme, index = (ROOT / "README.md").read_text(), (ROOT / "docs" / "index.md").read_text()
     rooms = [p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"]
-    assert len(rooms) == 14
+    assert len(rooms) == 15
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
-    pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md"))
+    pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md", "latency.md"))
     commands = get_command(app).commands
     assert set(commands) == {
         *("doctor", "submit", "batch", "check", "fetch", "data", "plan", "methods", "profile", "train", "evaluate", "generate", "score"),
         *("merge", "switch", "unmerge", "verify", "import", "export", "deltas"),
-        *("sweep", "compare", "status", "logs", "cancel"),
+        *("sweep", "compare", "status", "logs", "cancel", "latency"),
     }
     below = {f"deltas {name}": command for name, command in commands["deltas"].commands.items()}
     for name, command in (commands | below).items():

@@ -65,6 +65,7 @@ def measure(asked: Asked, screen: Screen) -> dict[str, Any]:
     dtype = require_dtype(asked.dtype, device)
     config = read_config(local_config(asked.base, None))
     _refuse_larger(asked, config)
+    busy = os.getloadavg()[0]
     try:
         variants = make_variants(config, asked.methods, asked.rank, asked.bottlenecks, dtype, device)
         with torch.inference_mode():
@@ -84,7 +85,7 @@ def measure(asked: Asked, screen: Screen) -> dict[str, Any]:
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
+            "load": [busy, os.getloadavg()[0]],
             "system": platform.platform(),
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda},

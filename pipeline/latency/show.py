@@ -26,7 +26,7 @@ def show_latency(screen: Screen, report: dict[str, Any]) -> None:
     apart = {pair.replace("_", " "): value for pair, value in report["certificate"].items() if value is not None}
     if apart:
         rows.append(("logits differ", ", ".join(f"{pair} {value:.2g}" for pair, value in apart.items()) + " at most"))
-    where = f"{host['threads']} threads, {host['cores']} cores with a load of {host['load']:.1f}"
+    where = f"{host['threads']} threads, {host['cores']} cores with a load of {host['load'][0]:.1f} before"
     rows.append(("measured", f"torch {report['versions']['torch']}, {where}; weights are drawn"))
     screen.table("", rows)
 
