@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py [--batch 1,2,4,8] [--sequence 32,64,128,256] [--rounds 15] [--row-seconds 20] [--record FILE]
 
-`zlora latency` on the shape of GPT-2 small (drawn weights), LoRA of rank 4, adapters of a width that brings Adapter-H to the paper's share of
-the base (3 %). Quote the percentages, which are medians over interleaved rounds, not the milliseconds. With --record FILE.md the table goes
-to that file, every number to FILE.json and the heat maps to FILE.png.
+`zlora latency` on the shape of GPT-2 small (drawn weights), LoRA of rank 4, adapters of a width that brings Adapter-H to the paper's share
+of the base (3 %). Quote the percentages, which are medians over interleaved rounds, not the milliseconds. With --record FILE.md the table
+goes to that file, every number to FILE.json and the heat maps to FILE.png.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def markdown(report: dict[str, Any]) -> str:
             *origin("latency.py", "torch", "transformers"),
             f"- {host['threads']} threads; the machine's load when it began and ended: {host['load'][0]:.1f}, {host['load'][1]:.1f}",
             "",
-            f"{report['base']} (drawn weights, {report['dtype']}), logits at every position. Median [quartiles] over the rounds: of the base"
-            " its ms, of the others their time over the base's in the same round. `again` is the base a second time: noise.",
+            f"{report['base']} (drawn weights, {report['dtype']}), logits at every position. Median [quartiles] over the rounds: of the"
+            " base its ms, of the others their time over the base's in the same round. `again` is the base a second time: noise.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in lines),
             "",

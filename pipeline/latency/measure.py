@@ -1,4 +1,4 @@
-"""Forward passes by the clock, in turns: every variant once, A B C D E, then all again, so that what the machine does meanwhile falls on all.
+"""Forward passes by the clock, in turns: every variant once, A B C D E, then all again, so what the machine does meanwhile falls on all.
 
 A pass is timed from its call until the device is idle again, as its caller waits for it; on a GPU the host's work to start it is part
 of that, and at a small batch most of it. What a variant costs over the base is the median over the rounds of its time / the base's time
@@ -73,7 +73,9 @@ def measure(asked: Asked, screen: Screen) -> dict[str, Any]:
             rows = [_row(variants, _tokens(config, *size, device), asked, screen) for size in sizes]
             certificate = _certificate(variants, _tokens(config, 1, min(asked.lengths), device))
     except torch.OutOfMemoryError:
-        raise JobError(f"--batch, --sequence: no room for all of it on {_device_name(device)}. Use smaller ones, or fewer methods.") from None
+        raise JobError(
+            f"--batch, --sequence: no room for all of it on {_device_name(device)}. Use smaller ones, or fewer methods."
+        ) from None
     return {
         "schema_version": SCHEMA_VERSION,
         "base": asked.base,
