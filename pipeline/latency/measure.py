@@ -130,7 +130,7 @@ def _row(variants: Sequence[Variant], tokens: torch.Tensor, asked: Asked, screen
     return {"batch": batch, "sequence": length, "rounds": len(taken), "times": times}
 
 
-def _summary(seconds: list[float], ratios: list[float]) -> dict[str, float]:
+def _summary(seconds: list[float], ratios: list[float]) -> dict[str, Any]:
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     least, ratio, most = statistics.quantiles(ratios, n=4, method="inclusive")
     return {

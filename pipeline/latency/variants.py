@@ -102,7 +102,8 @@ def make_variants(
 def _variant(method: str, rank: int | None, base: PreTrainedModel, family: Family, dtype: torch.dtype, device: torch.device) -> Variant:
     if rank is None:
         return Variant(method, method, None, {}, base, family)
-    model, tensors = _sharing(base), {}
+    model = _sharing(base)
+    tensors: dict[str, torch.Tensor] = {}
     if method in _PLACEMENTS:
         section = Adapter(kind="adapter", placement=_PLACEMENTS[method], rank=rank)  # type: ignore[arg-type]
         for adapter in attach_adapters(model, family, section, 0, _SEED, device):
