@@ -109,12 +109,12 @@ def write_job(folder: Path, base: Path, name: str, recompute: bool, steps: int) 
     return file
 
 
-def counted(folder: Path, job: Path, name: str, ranks: int) -> dict[str, int]:
-    """Bytes of all ranks by part, counted on the first."""
+def counted(folder: Path, job: Path, name: str, ranks: int) -> dict[str, dict[str, int]]:
+    """Bytes of all ranks by part, counted on the first; and what the plan says of them."""
     run = folder / f"profile-{name}"
     start([["-m", "pipeline", "profile", job, "--run", run, "--ranks", ranks, "--steps", 2]], QUIET)
     found = json.loads((run / "profile" / "profile.json").read_text())["memory"]["parts"]
-    return {part: ranks * found[part]["measured"] for part in PARTS}
+    return {part: {way: ranks * count for way, count in found[part].items()} for part in PARTS}
 
 
 def trained(folder: Path, job: Path, asked: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def title(report: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """What docs/memory.md shows, too."""
-    full, lora = (report["parts"][name] for name in METHODS)
+    full, lora = ({part: each["measured"] for part, each in report["parts"][name].items()} for name in METHODS)
     rows = [_bytes(f"state of all ranks, counted: {part.replace('_', ' ')}", full[part], lora[part]) for part in PARTS]
     rows.append(_bytes("state of all ranks, counted: sum", sum(full.values()), sum(lora.values())))
     kept = {"most of a rank's process in a step": "peak_bytes", "delta on disk": "delta_bytes", "state on disk": "state_bytes"}

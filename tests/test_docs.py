@@ -51,6 +51,19 @@ def test_the_recorded_bytes_between_ranks_are_the_plan_s():
             assert row["measured"]["between_nodes"] == 0
 
 
+def test_the_recorded_state_of_full_and_lora_is_the_plan_s():
+    file = ROOT / "benchmarks" / "results" / "claims.json"
+    if not file.exists():
+        pytest.skip("not recorded: run python benchmarks/claims.py --record benchmarks/results/claims.md")
+    report = json.loads(file.read_text())
+    for name, parts in report["parts"].items():
+        assert len(parts) == 4
+        for part, each in parts.items():
+            assert each["measured"] == each["predicted"], (name, part)
+        # fp32, but for sums of the loss beside the gradients.
+        assert parts["optimizer"]["measured"] == 2 * parts["delta"]["measured"] >= 8 * report["trained"][name]
+
+
 def test_the_page_of_methods_has_every_kind_and_what_the_command_prints():
     page, printed = (ROOT / "docs" / "methods.md").read_text(), io.StringIO()
     kinds = [kind for method in get_args(get_args(Method)[0]) for kind in get_args(method.model_fields["kind"].annotation)]
