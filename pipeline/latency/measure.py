@@ -50,6 +50,8 @@ class Asked:
     rounds: int
     row_s: float
     """No new round of a batch and length begins after so long, but for the first `LEAST_ROUNDS`."""
+    clock: Callable[[], float] = time.perf_counter
+    """`time.process_time`, where other work shares the cores: what the processor worked, not what was waited for."""
 
 
 def measure(asked: Asked, screen: Screen) -> dict[str, Any]:
@@ -100,7 +102,13 @@ def measure(asked: Asked, screen: Screen) -> dict[str, Any]:
     }
 
 
-def in_turns(passes: Sequence[Callable[[], object]], rounds: int, row_s: float, synchronize: Callable[[], None]) -> Iterator[list[float]]:
+def in_turns(
+    passes: Sequence[Callable[[], object]],
+    rounds: int,
+    row_s: float,
+    synchronize: Callable[[], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[list[float]]:
     """Seconds of each pass, round by round, without those that warm up."""
     begun = time.perf_counter()
     for number in range(WARM_UP_ROUNDS + rounds):
@@ -109,10 +117,10 @@ def in_turns(passes: Sequence[Callable[[], object]], rounds: int, row_s: float, 
         taken = []
         for run in passes:
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
         if number >= WARM_UP_ROUNDS:
             yield taken
 
@@ -121,7 +129,7 @@ def _row(variants: Sequence[Variant], tokens: torch.Tensor, asked: Asked, screen
     batch, length = tokens.shape
     passes = [lambda one=one: one.logits(tokens) for one in variants]
     synchronize = torch.cuda.synchronize if tokens.is_cuda else lambda: None
-    rounds = in_turns(passes, asked.rounds, asked.row_s, synchronize)
+    rounds = in_turns(passes, asked.rounds, asked.row_s, synchronize, asked.clock)
     taken = list(screen.named(f"batch {batch}, {length} tokens", rounds, asked.rounds))
     # The base comes first.
     times = {

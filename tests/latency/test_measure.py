@@ -15,9 +15,9 @@ SMALL = ("--batch", "2,1", "--sequence", "8,16", "--rounds", "3", "--bottleneck"
 def test_passes_go_in_turns_and_those_that_warm_up_do_not_count():
     calls, waited = [], []
     passes = [lambda name=name: calls.append(name) for name in "ABC"]
-    rounds = list(in_turns(passes, 5, 1e9, lambda: waited.append(len(calls))))
+    rounds = list(in_turns(passes, 5, 1e9, lambda: waited.append(len(calls)), clock=lambda: float(len(calls))))
     assert "".join(calls) == "ABC" * (WARM_UP_ROUNDS + 5)
-    assert [len(row) for row in rounds] == [3] * 5
+    assert rounds == [[1.0] * 3] * 5
     # Before each pass and behind it.
     assert waited == [number // 2 + number % 2 for number in range(2 * len(calls))]
 
