@@ -28,7 +28,7 @@ from ways import ALLOCATOR, FILMS, HERE, NO_DROPOUT, QUIET, make_base, make_toke
 CONFIG = {"n_layer": 12, "n_embd": 512, "n_head": 8, "n_positions": 256, **NO_DROPOUT}
 METHODS = {"full": 'kind = "full"', "lora": 'kind = "lora"\ntargets = ["q", "v"]\nrank = 4\nalpha = 32'}
 WARM_UP, EXAMPLES = 3, 32
-PARTS = ("base_shard", "delta", "gradients", "optimizer")
+PARTS = {"base_shard": "base", "delta": "master weights, delta", "gradients": "gradients", "optimizer": "both moments"}
 JOB = """
 [base]
 model = "{base}"
@@ -147,9 +147,9 @@ def title(report: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """What docs/memory.md shows, too."""
     full, lora = ({part: each["measured"] for part, each in report["parts"][name].items()} for name in METHODS)
-    rows = [_bytes(f"state of all ranks, counted: {part.replace('_', ' ')}", full[part], lora[part]) for part in PARTS]
-    rows.append(_bytes("state of all ranks, counted: sum", sum(full.values()), sum(lora.values())))
-    kept = {"most of a rank's process in a step": "peak_bytes", "delta on disk": "delta_bytes", "state on disk": "state_bytes"}
+    rows = [_bytes(f"counted on all ranks: {said}", full[part], lora[part]) for part, said in PARTS.items()]
+    rows.append(_bytes("counted on all ranks: sum", sum(full.values()), sum(lora.values())))
+    kept = {"most of a rank's process, interpreter included": "peak_bytes", "delta on disk": "delta_bytes", "state on disk": "state_bytes"}
     for name, key in kept.items():
         rows.append(_bytes(name, *(median(each[f"{way}, recomputed"][key] for each in report["rounds"]) for way in METHODS)))
     clocks = {"step_cpu_s": "processor time of all ranks in a step"} | ({} if report["busy"] else {"step_s": "a step"})

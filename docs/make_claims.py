@@ -127,7 +127,8 @@ def measured() -> str:
         return filled(text + "not recorded yet.")
     lines = MEASURED.read_text(encoding="utf-8").splitlines()
     title = next(line for line in lines if line.startswith("GPT-2 of"))
-    return filled(text + title) + "\n\n" + "\n".join(line for line in lines if line.startswith("|"))
+    seconds = "" if any(line.startswith("| a step") for line in lines) else " Seconds of a step are not recorded yet."
+    return filled(text + title + seconds) + "\n\n" + "\n".join(line for line in lines if line.startswith("|"))
 
 
 def asked_of(name: str, gpus: int | None) -> Setting:
