@@ -191,9 +191,7 @@ def import_(
     source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="A loralib checkpoint, or the folder of a LoRA that PEFT saved.")],
     base: Annotated[str, typer.Option("--base", metavar="BASE", help="Folder or hub id of the base that it was trained on.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the delta goes; absent or empty.")],
-    alpha: Annotated[
-        float | None, typer.Option(min=0.0, help="Of a loralib checkpoint, unless loralib.json beside it says it.")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(min=0.0, help="Of a loralib checkpoint, unless loralib.json beside it says it.")] = None,
     parts: Annotated[str, typer.Option(metavar="q,v", help="What a loralib checkpoint's pairs of a fused map are of, in its order.")] = "",
     labels: Annotated[
         str, typer.Option(metavar="A,B,C", help="Names of the classes of its head, in its order; LABEL_0, ... when absent.")
