@@ -1,8 +1,8 @@
 """What one rank of a measured way says of itself: when each step ended, its loss, what was sent in it, memory. The same for every way.
 
-Written as JSON when the last step has been taken: `ends` (seconds since the epoch) and `losses` of the steps; `gathers` (calls),
-`gathered_bytes` and `sent_bytes` (all collectives) in each; `peak_bytes` (VmHWM) of the process, `peak_steps_bytes` of the steps after the
-first; `gpu_peak_bytes` allocated there; `base_bytes` that the process holds of the base.
+Written as JSON when the last step has been taken: `ends` (seconds since the epoch), `cpu_s` (the process' processor time until then) and
+`losses` of the steps; `gathers` (calls), `gathered_bytes` and `sent_bytes` (all collectives) in each; `peak_bytes` (VmHWM) of the process,
+`peak_steps_bytes` of the steps after the first; `gpu_peak_bytes` allocated there; `base_bytes` that the process holds of the base.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ class Tally:
         """Counts collectives from now on: before DeepSpeed joins its ranks."""
         self._out, self._wire = out, Wire()
         self._before: tuple[int, int, int] = (0, 0, 0)
-        self._report: dict[str, list[float]] = {"ends": [], "losses": [], "gathers": [], "gathered_bytes": [], "sent_bytes": []}
+        self._report: dict[str, list[float]] = {
+            "ends": [],
+            "cpu_s": [],
+            "losses": [],
+            "gathers": [],
+            "gathered_bytes": [],
+            "sent_bytes": [],
+        }
         self._scalars: dict[str, int] = {}
 
     def base(self, root: nn.Module) -> None:
@@ -32,6 +39,7 @@ class Tally:
     def took(self, loss: float) -> None:
         """A step has ended."""
         self._report["ends"].append(time.time())
+        self._report["cpu_s"].append(time.process_time())
         self._report["losses"].append(loss)
         now = self._sent()
         for name, total, before in zip(("gathers", "gathered_bytes", "sent_bytes"), now, self._before, strict=True):

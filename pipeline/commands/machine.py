@@ -1,11 +1,11 @@
-"""A machine: `doctor`. Heavy imports are inside."""
+"""A machine: `doctor`, `latency`. Heavy imports are inside."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,53 @@ def doctor(
         show(findings, Screen(sys.stdout))
     if has_problem(findings):
         sys.exit(2)
+
+
+def latency(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder with a config.json, or hub id; no weights are read.")],
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="Which to time; the base always is.")
+    ] = "base,merged,lora,adapter-l,adapter-h,again",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Texts of a pass.")] = "1,4,16",
+    sequence: Annotated[str, typer.Option(metavar="N,N", help="Tokens of each text.")] = "128,256",
+    rank: Annotated[int, typer.Option(min=1, help="LoRA's, on q and v.")] = 4,
+    bottleneck: Annotated[str, typer.Option(metavar="N,N", help="Widths of the adapters.")] = "16",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the base and of what is put on.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=3, help="Timed passes of each, in turns.")] = 20,
+    row_seconds: Annotated[float, typer.Option(min=0, help="Begin no round of a batch and length after so long; 3 at least.")] = 20.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the percentages as heat maps, a PNG.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """How long a forward pass takes: the base, LoRA merged and not, adapters; in turns, on the GPU or on this machine's cores.
+
+    Example: zlora latency gpt2-medium --batch 1,16,32 --sequence 128,512 --bottleneck 112
+    """
+    from pipeline.latency.measure import Asked, measure
+    from pipeline.latency.show import draw, show_latency
+    from pipeline.screen import Screen, json_text
+
+    screen = Screen(sys.stderr if as_json else sys.stdout)
+    sizes = {name: _numbers(name, text) for name, text in (("batch", batch), ("sequence", sequence), ("bottleneck", bottleneck))}
+    names = tuple(name.strip() for name in methods.split(","))
+    if plot and not plot.parent.is_dir():
+        raise JobError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
+    asked = Asked(base, names, sizes["batch"], sizes["sequence"], rank, sizes["bottleneck"], dtype, rounds, row_seconds)
+    report = measure(asked, screen)
+    if plot:
+        draw(report, plot)
+    if as_json:
+        print(json_text(report))
+    else:
+        show_latency(screen, report)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Raises:
+    JobError: not whole numbers with commas between."""
+    parts = [part.strip() for part in text.split(",")]
+    if bad := [part for part in parts if not part.isdecimal() or int(part) == 0]:
+        raise JobError(f'--{option} {text}: "{bad[0]}" is no number of 1 or more. Give some, with commas between: 1,4,16.')
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _on_a_rank(run: Path | None, nodes: int | None, as_json: bool, proof: bool) -> None:

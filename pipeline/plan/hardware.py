@@ -7,6 +7,7 @@ reaches; it is an assumption, and the one number to correct by a measured step.
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,16 @@ def main_memory_bytes() -> int:
             limits = [each / name for each in (folder, *folder.parents) for name in ("memory.max", "memory.limit_in_bytes")]
             found += [int(text) for limit in limits if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit()]
     return min(found)
+
+
+def cpu_name() -> str:
+    """Of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _cpu() -> Gpu:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster.launch import batch_job
-from pipeline.plan.hardware import main_memory_bytes
+from pipeline.plan.hardware import cpu_name, main_memory_bytes
 from pipeline.train.engine import Ranks
 
 _PACKAGES = ("zlora", "torch", "deepspeed", "transformers", "safetensors", "tokenizers", "datasets")
@@ -75,12 +75,12 @@ def _rank(ranks: Ranks) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(ranks.device)
         device = {"rank": ranks.rank, "name": card.name, "memory_bytes": card.total_memory}
     else:
-        device = {"rank": ranks.rank, "name": _cpu_name(), "threads": torch.get_num_threads()}
+        device = {"rank": ranks.rank, "name": cpu_name(), "threads": torch.get_num_threads()}
     return {
         "host": platform.node(),
         "device": device,
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "cores_allowed": len(os.sched_getaffinity(0)),
             "memory_bytes": main_memory_bytes(),
@@ -96,15 +96,6 @@ def _hosts(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         host = hosts.setdefault(rank["host"], {"host": rank["host"], **rank["machine"], "devices": []})
         host["devices"].append(rank["device"])
     return list(hosts.values())
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

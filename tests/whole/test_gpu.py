@@ -60,3 +60,15 @@ def test_a_run_that_was_ended_goes_on_to_rounding(dtype, folder, tmp_path):
     whole = losses(folder, str(tmp_path / "whole"), *settings)
     losses(folder, str(tmp_path / "run"), *settings, "--set", "train.steps=2")
     assert losses(folder, str(tmp_path / "run"), *settings) == pytest.approx(whole, rel=1e-3 if dtype == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_latency_is_the_gpu_s(dtype, gpt2_base, tmp_path):
+    words = ("--batch", "1,2", "--sequence", "16", "--rounds", "5", "--dtype", dtype, "--json")
+    command = [sys.executable, "-m", "pipeline", "latency", str(gpt2_base), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["device"] == torch.cuda.get_device_name()
+    assert report["certificate"]["merged_and_lora"] < report["certificate"]["merged_and_base"]
+    assert all(time["median_ms"] > 0 for row in report["rows"] for time in row["times"].values())
