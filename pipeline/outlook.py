@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.cluster.launch import RETURNING_BYTES
 from pipeline.evaluate.score import Scores
 from pipeline.job.errors import JobError
 from pipeline.plan.hardware import ATTAINED, named
@@ -158,7 +159,7 @@ class Outlook:
                 spare=spare,
                 margin=margin,
                 scoring=scoring,
-                returns=not self._cpu or "MALLOC_MMAP_THRESHOLD_" in os.environ,
+                returns=not self._cpu or int(os.environ.get("MALLOC_MMAP_THRESHOLD_", RETURNING_BYTES + 1)) <= RETURNING_BYTES,
                 guess=asked.shape.notes[0] if asked.shape.notes else "",
                 ungathered=(asked.shape.parameters - gathered) * asked.element_bytes if asked.copies else 0,
                 views=self._views,

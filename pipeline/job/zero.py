@@ -16,6 +16,8 @@ from pipeline.job.zero_keys import ALLOWED, strangers, without_strangers
 _GROUP = "zero_hpz_partition_size"
 _NOT_YET = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 """They change how a shard is stored, which the loader does not know."""
+_SEQUENTIAL = {"stage3_allgather_sequential", "allgather_sequential"}
+"""Both are DeepSpeed's."""
 Offload = Literal["cpu", "nvme"]
 """Where shards are, if not on the device that computes."""
 
@@ -29,6 +31,11 @@ def group_of(config: dict[str, Any]) -> int | None:
     """So many consecutive ranks hold one copy of the base among them; None: all ranks together do."""
     count = int(config["zero_optimization"].get(_GROUP, 1))
     return count if count > 1 else None
+
+
+def one_by_one(config: dict[str, Any]) -> bool:
+    """Whether each parameter is gathered by itself."""
+    return any(config["zero_optimization"].get(key, False) for key in _SEQUENTIAL)
 
 
 def offload_of(config: dict[str, Any]) -> Offload | None:
@@ -111,8 +118,13 @@ def _offload(path: Path, asked: Any, nvme_path: str | None) -> dict[str, Any]:
 
 def complete(asked: dict[str, Any]) -> dict[str, Any]:
     """A memory configuration with what every run sets."""
+    section = asked["zero_optimization"]
+    if section["stage"] == 3 and not _SEQUENTIAL & section.keys():
+        # Each matrix comes where it is used; several at once would come in one buffer and be copied out of it.
+        section = {**section, "stage3_allgather_sequential": True}
     return {
         **asked,
+        "zero_optimization": section,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # DeepSpeed clips at 1.0 unless told not to; clipping is done in train/step.py.

@@ -1,11 +1,12 @@
 """What ZeRO-3 gathers and when: DeepSpeed's parameter coordinator, followed on sizes alone.
 
-In: the order in which a micro-batch's forward and backward passes use the base's modules, and four numbers of the memory
+In: the order in which a micro-batch's forward and backward passes use the base's modules, and five settings of the memory
 configuration. Out: the most that is gathered at once in each pass, what stays, and what is fetched. It mirrors
 `PartitionedParameterCoordinator` of deepspeed 0.19.8 in the steps after it has recorded its trace: fetch, prefetch, release, reuse.
 
-Memory is counted as DeepSpeed allocates it: one parameter alone is gathered in place; several together go through one flat buffer and
-are then copied out of it, and the buffer lives until the last of them has been used.
+Memory is counted as DeepSpeed allocates it: parameters are gathered one by one, each in place, but those that were asked for together are
+held until the last of them has been used; where the configuration wants them in one flat buffer, they are copied out of it, and the buffer
+lives as long.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.job.zero import one_by_one
 from pipeline.plan.adapted import Adapted, Everywhere
 from pipeline.plan.shapes import Part, Shape
 from pipeline.plan.tables import tables_of
@@ -30,6 +32,7 @@ class Prefetch:
     persistence: int
     live: int
     reuse: int
+    one_by_one: bool = True
 
     def keeps(self, elements: int) -> bool:
         """Whether all of a base of so many, but for its tables, may be gathered at once: then micro-batches hand it on."""
@@ -43,6 +46,7 @@ def prefetch_of(zero: dict[str, Any]) -> Prefetch:
         int(section.get("stage3_param_persistence_threshold", 100_000)),
         int(section.get("stage3_max_live_parameters", 1_000_000_000)),
         int(section.get("stage3_max_reuse_distance", 1_000_000_000)),
+        one_by_one(zero),
     )
 
 
@@ -204,9 +208,11 @@ class _Group:
 
     parameters: set[int]
     flat: int
-    """Elements of the buffer."""
-    alone: bool
-    """Their memory is the buffer."""
+    """Elements of the buffers."""
+    in_place: bool
+    """Their memory is the buffers."""
+    let_go: int = 0
+    """Elements that were released and are held still."""
     arrived: bool = False
     waited: set[int] = field(default_factory=set)
 
@@ -240,6 +246,8 @@ class _Follower:
         self._kept = kept
         self._available = set(available)
         self._inflight: dict[int, _Group] = {}
+        self._holding: dict[int, _Group] = {}
+        """Groups of which some have not been used yet."""
         self._live_elements = 0
         self._queue = deque((p, place) for place, visit in enumerate(self._order) for p in visit.parameters)
         self._last_fetched_for = [-1] * len(sizes)
@@ -325,8 +333,9 @@ class _Follower:
     def _gather(self, parameters: set[int]) -> None:
         # Padded so that every rank's part is the same.
         flat = sum(-(-self._sizes[p] // self._ranks) * self._ranks for p in parameters)
-        group = _Group(set(parameters), flat, alone=len(parameters) == 1 or self._ranks == 1)
+        group = _Group(set(parameters), flat, in_place=self._prefetch.one_by_one or len(parameters) == 1 or self._ranks == 1)
         self._inflight.update(dict.fromkeys(parameters, group))
+        self._holding.update(dict.fromkeys(parameters, group))
         count = sum(self._sizes[p] for p in parameters)
         self._live_elements += count
         self.fetched += count
@@ -337,10 +346,12 @@ class _Follower:
         if not group.arrived:
             group.arrived = True
             self._available |= group.parameters
-            if not group.alone:
+            if not group.in_place:
                 self._grow(sum(self._sizes[p] for p in group.parameters))
-        if not group.alone and group.waited == group.parameters:
-            self._elements -= group.flat
+        if group.waited == group.parameters:
+            self._elements -= group.let_go if group.in_place else group.flat
+            for p in group.parameters:
+                self._holding.pop(p, None)
 
     def _release(self, visit: _Visit) -> None:
         leaving = self._leaving(visit) if self._decided is None else next(self._decided)
@@ -359,7 +370,10 @@ class _Follower:
         for p in (parameters & self._available) - self._kept:
             self._available.discard(p)
             self._live_elements -= self._sizes[p]
-            self._elements -= self._sizes[p]
+            if (group := self._holding.get(p)) and group.in_place:
+                group.let_go += self._sizes[p]
+            else:
+                self._elements -= self._sizes[p]
 
     def _grow(self, elements: int) -> None:
         self._elements += elements

@@ -67,7 +67,7 @@ def judge_memory(of: Footprint) -> str | None:
 
 def _memory_cause(of: Footprint, excess: int) -> str:
     if not of.returns:
-        return "glibc keeps what is freed (set MALLOC_MMAP_THRESHOLD_=4194304, as zlora train does for the ranks that it starts itself)"
+        return "glibc keeps what is freed (MALLOC_MMAP_THRESHOLD_=4194304 has it returned at once, and a step takes longer)"
     if of.guess:
         return f"the plan guesses a part of this base: {of.guess}"
     if of.scoring:
