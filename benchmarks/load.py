@@ -23,11 +23,11 @@ from machine import origin
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster.launch import rank_environment
+from pipeline.cluster.launch import CPU_RANK, rank_environment
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "ds_configs" / "zero3.json"
-ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
+ALLOCATOR = [name for name in CPU_RANK if name.startswith("MALLOC")]
 OURS, THEIRS = "ours", "transformers"
 LARGEST_BYTES = 2 * VOCABULARY * WIDTH
 COLUMNS = (
@@ -91,7 +91,7 @@ def load_once(way: str, allocator: str, folder: Path, files: list[Path], ranks: 
         for rank in range(ranks):
             environment = {**rank_environment(rank, ranks, Path(meeting), gpus=0), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             if allocator != "launched":
-                environment.pop(ALLOCATOR)
+                environment = {name: value for name, value in environment.items() if name not in ALLOCATOR}
             outs.append(Path(meeting) / f"{rank}.json")
             command = [sys.executable, HERE / "load_rank.py", way, folder, CONFIG, outs[-1]]
             log = (Path(meeting) / f"{rank}.txt").open("wb")
@@ -188,7 +188,7 @@ def record(file: Path, busy: float, rows: list[tuple[str, ...]], summary: list[s
         "Seconds: from a barrier after all imports to the rank's own end. counted: by our reader; read(): by the kernel (`rchar`);",
         "mapped: file pages that became resident, which is how transformers reads. peak: `VmHWM`, imports and mapped pages included.",
         "sent: bytes of the whole tensors that collectives handled on this rank. MB are 10^6 bytes.",
-        f"allocator: launched has `{ALLOCATOR}` as `pipeline/cluster/launch.py` sets it for ranks on CPUs; default is glibc's own.",
+        f"allocator: launched has {' and '.join(f'`{name}`' for name in ALLOCATOR)} as `pipeline/cluster/launch.py` sets it for ranks on CPUs; default is glibc's own.",
         "",
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
