@@ -188,7 +188,7 @@ def record(file: Path, busy: float, rows: list[tuple[str, ...]], summary: list[s
         "Seconds: from a barrier after all imports to the rank's own end. counted: by our reader; read(): by the kernel (`rchar`);",
         "mapped: file pages that became resident, which is how transformers reads. peak: `VmHWM`, imports and mapped pages included.",
         "sent: bytes of the whole tensors that collectives handled on this rank. MB are 10^6 bytes.",
-        f"allocator: launched has {', '.join(ALLOCATOR)} as `pipeline/cluster/launch.py` sets them for ranks on CPUs; default is glibc's own.",
+        f"allocator: launched has {', '.join(ALLOCATOR)} as `pipeline/cluster/launch.py` sets them for CPU ranks; default: glibc's own.",
         "",
     ]
     file.parent.mkdir(parents=True, exist_ok=True)

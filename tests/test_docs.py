@@ -64,6 +64,14 @@ def test_the_recorded_state_of_full_and_lora_is_the_plan_s():
         assert parts["optimizer"]["measured"] == 2 * parts["delta"]["measured"] >= 8 * report["trained"][name]
 
 
+def test_the_readme_has_the_recorded_measurements():
+    spec = importlib.util.spec_from_file_location("headline", ROOT / "benchmarks" / "headline.py")
+    headline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(headline)
+    text = (ROOT / "README.md").read_text()
+    assert headline.with_headline(text) == text, "run: python benchmarks/headline.py"
+
+
 def test_the_page_of_methods_has_every_kind_and_what_the_command_prints():
     page, printed = (ROOT / "docs" / "methods.md").read_text(), io.StringIO()
     kinds = [kind for method in get_args(get_args(Method)[0]) for kind in get_args(method.model_fields["kind"].annotation)]
