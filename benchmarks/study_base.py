@@ -40,7 +40,7 @@ def make_start(out: Path, webnlg: Path, samsum: Path) -> None:
         (out / "text" / f"{split}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
     tokenizer = _tokenizer(texts)
     torch.manual_seed(SEED)
-    ends = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": CONTEXT}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(out / "start.new")
     tokenizer.save_pretrained(out / "start.new")

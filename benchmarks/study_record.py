@@ -1,4 +1,4 @@
-"""What a study's runs have reached, as one object: the learning rates tried, and a row a method, size and number of examples over its seeds.
+"""What a study's runs have reached, as one object: the learning rates tried, and rows of methods, sizes, numbers of examples over seeds.
 
 The rows are those of `zlora compare`; this says which runs belong into which table.
 """
@@ -6,7 +6,7 @@ The rows are those of `zlora compare`; this says which runs belong into which ta
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def finals(folder: Path) -> list[Path]:
     return [run for run in finished(folder) if _job(run).train.learning_rate == chosen(folder)] if finished(folder) else []
 
 
-def study(out: Path, methods: Sequence[str], few: Sequence[str], parts: Iterable[str]) -> dict[str, Any]:
+def study(out: Path, methods: Sequence[str], few: Sequence[str]) -> dict[str, Any]:
     """Args:
     methods, few: of `e2e` and `sst2`, and of the low-data series; in the order of the tables."""
     lora = finals(out / "e2e_lora")
@@ -75,7 +75,7 @@ def study(out: Path, methods: Sequence[str], few: Sequence[str], parts: Iterable
             job: {"tried": {f"{rate:g}": score for rate, score in tried(out / job).items()}, "chosen": chosen(out / job)}
             for job in searched
         },
-        "parts": {part: _rows(found) for part, found in runs.items() if found and part in parts},
+        "parts": {part: _rows(found) for part, found in runs.items() if found},
     }
 
 
