@@ -52,7 +52,9 @@ def chosen(folder: Path) -> float:
 
 def finals(folder: Path) -> list[Path]:
     """The runs of a search with the learning rate that was chosen: one a seed."""
-    return [run for run in finished(folder) if _job(run).train.learning_rate == chosen(folder)] if finished(folder) else []
+    runs = finished(folder)
+    best = chosen(folder) if runs else None
+    return [run for run in runs if _job(run).train.learning_rate == best]
 
 
 def study(out: Path, methods: Sequence[str], few: Sequence[str]) -> dict[str, Any]:
