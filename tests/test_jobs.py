@@ -37,8 +37,8 @@ def jobs(tmp_path_factory) -> dict[str, Job]:
         patch.chdir(here)
         found = {}
         for file in sorted(Path("jobs").glob("*/*.toml")):
-            # What several jobs share is no job of its own.
-            if file.parent.name != "common":
+            # What several jobs share is no job of its own; those of the study are not the paper's (tests/test_study.py).
+            if file.parent.name not in ("common", "study"):
                 keys = read_toml(file).merged
                 for folder in (keys["task"].get("data"), *(method.get("start") for method in keys["methods"])):
                     Path(folder or ".").mkdir(parents=True, exist_ok=True)
