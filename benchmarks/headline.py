@@ -38,9 +38,9 @@ def headline(results: Path) -> str:
         *map(_training, shared),
         "",
         "Ours / PEFT + Trainer + DeepSpeed with examples grouped by length and the same allocator: medians of interleaved runs",
-        "([all of them](benchmarks/results/train.md)). Beside the bare step (the frozen model, LoRA, AdamW, packed examples; no sharding, no",
-        f"framework) it does {_span(alone)} of the examples/s on one rank, and {_span(shared)} on two that share the base, beside two bare",
-        f"steps. The bare steps themselves are {_fastest(shared)} times as fast as the peer here: short examples on a CPU are bound by products.",
+        "([all of them](benchmarks/results/train.md)). Beside the bare step (the frozen model, LoRA, AdamW, packed examples; no sharding,",
+        f"no framework) it does {_span(alone)} of the examples/s on one rank, and on two that share the base",
+        f"{_span(shared)} of those of two bare steps, which are {_fastest(shared)} times as fast as the peer.",
         "",
     ]
     return "\n".join(lines)
