@@ -221,7 +221,7 @@ def test_a_login_node_needs_none_of_the_libraries_that_train(place):
     (place / "runs" / "job" / "slurm" / "77.txt").write_text("hello\n")
     assert zlora("logs", "runs/job") == "hello\n"
     assert "job 77 (train) cancelled" in zlora("cancel", "runs/job")
-    assert "not finished" in zlora("compare", "done", "done")
+    assert "not counted: done: not begun" in zlora("compare", "done", "done")
     assert "# member seed=2" in zlora("check", "study.toml")
     assert "fits" in zlora("plan", "job.toml", "--gpu", "a100-80g")
     assert "has no [sweep]" in zlora("sweep", "job.toml", code=2)

@@ -106,7 +106,11 @@ def test_evaluate_prints_one_object_and_writes_predictions(place):
     done = zlora("evaluate", "runs/job", "--json", "--ranks", "2", cwd=place)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert set(answer) == {"schema_version", "run", "split", "delta", "step", "prompts", "too_long", "metrics", "notes", "predictions"}
+    assert set(answer) == {
+        *("schema_version", "run", "split", "delta", "delta_sha256", "changed", "step", "prompts"),
+        *("too_long", "metrics", "notes", "predictions"),
+    }
+    assert answer["changed"] == {}
     assert (answer["split"], answer["delta"], answer["step"]) == ("test", "last", 4)
     assert answer["metrics"].keys() == {"BLEU", "exact_match", "loss", "perplexity"}
     rows = [json.loads(line) for line in (place / answer["predictions"]).read_text().splitlines()]
