@@ -7,7 +7,8 @@ import platform
 import sys
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
+
+from pipeline.plan.hardware import cpu_name
 
 
 def origin(script: str, *packages: str) -> list[str]:
@@ -18,11 +19,6 @@ def origin(script: str, *packages: str) -> list[str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
         f"- date: {date.today()}; command: `{' '.join(['python', f'benchmarks/{script}', *asked])}`",
-        f"- hardware: {os.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB",
+        f"- hardware: {os.cpu_count()} cores of {cpu_name()}, {memory:.0f} GiB",
         f"- versions: Python {platform.python_version()}, {versions}",
     ]
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

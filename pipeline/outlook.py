@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.cluster.launch import RETURNING_BYTES
+from pipeline.cluster.launch import returns_at_once
 from pipeline.evaluate.score import Scores
 from pipeline.job.errors import JobError
 from pipeline.plan.hardware import ATTAINED, named
@@ -159,7 +159,7 @@ class Outlook:
                 spare=spare,
                 margin=margin,
                 scoring=scoring,
-                returns=not self._cpu or int(os.environ.get("MALLOC_MMAP_THRESHOLD_", RETURNING_BYTES + 1)) <= RETURNING_BYTES,
+                returns=not self._cpu or returns_at_once(),
                 guess=asked.shape.notes[0] if asked.shape.notes else "",
                 ungathered=(asked.shape.parameters - gathered) * asked.element_bytes if asked.copies else 0,
                 views=self._views,

@@ -29,7 +29,7 @@ CPU_RANK = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MA
 """Gathered weights are allocated and freed all the time. So glibc keeps them, up to the second size, instead of returning each to the
 system and asking for it again: a step of a GPT-2 of 124M takes a fifth less time and a third more memory. It looks at this when a
 process starts, so ranks that a batch script starts need it from there."""
-RETURNING_BYTES = 1 << 22
+_RETURNING_BYTES = 1 << 22
 """As the first of them: what is freed is returned at once."""
 _FOLDER = "ZLORA_LAUNCH"
 _MEETING = "ZLORA_RENDEZVOUS"
@@ -101,6 +101,13 @@ def visible_gpus() -> int:
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def returns_at_once() -> bool:
+    """Whether glibc hands this CPU rank's freed tensors back to the system."""
+    # The user may have set anything; glibc passes over what is no number.
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    return threshold.isdecimal() and int(threshold) <= _RETURNING_BYTES
 
 
 def batch_job() -> str | None:

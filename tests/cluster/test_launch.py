@@ -21,7 +21,7 @@ RANK = """#!{python}
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.cluster.failures import report_failure
-from pipeline.cluster.launch import die_with_parent
+from pipeline.cluster.launch import CPU_RANK, die_with_parent, returns_at_once
 rank, out = int(os.environ["RANK"]), Path(os.environ["OUT"])
 def together(count, pause=0.0):
     "Goes on when so many ranks have come this far, `pause` seconds after them."
@@ -282,3 +282,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(JobError, match="--ranks 3: this machine shows 2 GPUs"):
         launcher.launch(["train"], 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "returns"), [(None, False), ("4194304", True), (CPU_RANK["MALLOC_MMAP_THRESHOLD_"], False), ("64K", False), ("", False)]
+)
+def test_whether_freed_memory_is_returned_is_read_from_whatever_is_set(value, returns, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", value)
+    assert returns_at_once() is returns
