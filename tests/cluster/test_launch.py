@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.cluster import launch as launcher
 from pipeline.cluster.failures import ATTENDED, REPORTS, report_failure, reported, to_go_on
+from pipeline.cluster.launch import CPU_RANK, returns_at_once
 from pipeline.job.errors import JobError
 
 # Called as `RANK_PROGRAM -m pipeline CODE`: runs CODE where a rank would train.
@@ -21,7 +22,7 @@ RANK = """#!{python}
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.cluster.failures import report_failure
-from pipeline.cluster.launch import CPU_RANK, die_with_parent, returns_at_once
+from pipeline.cluster.launch import die_with_parent
 rank, out = int(os.environ["RANK"]), Path(os.environ["OUT"])
 def together(count, pause=0.0):
     "Goes on when so many ranks have come this far, `pause` seconds after them."
