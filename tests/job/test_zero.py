@@ -6,11 +6,12 @@ import json
 import re
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config, shipped
 from pipeline.job.read import read_job
-from pipeline.job.zero import complete, deepspeed_config, for_deepspeed, nvme_path_of, zero_stage
+from pipeline.job.zero import complete, deepspeed_config, for_deepspeed, nvme_path_of, one_by_one, zero_stage
 from pipeline.job.zero_keys import ZERO_KEYS
 from tests.training import write_job
 
@@ -163,3 +164,13 @@ def test_groups_do_not_train_the_base_itself(kind, tmp_path, gpt2_base):
     with pytest.raises(JobError, match=f'zero_hpz_partition_size = 8: .*"{kind}" trains it. Use zero3.json'):
         read_job(job, ("memory.config=zero3_node.json",))
     read_job(job)
+
+
+@pytest.mark.parametrize("key", ["stage3_allgather_sequential", "allgather_sequential"])
+def test_parameters_are_gathered_one_by_one_unless_the_file_says_otherwise(tmp_path, key):
+    plain = deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": 3}}))
+    assert DeepSpeedZeroConfig(**plain["zero_optimization"]).allgather_sequential is True
+    assert one_by_one(plain)
+    asked = deepspeed_config(write(tmp_path, {"zero_optimization": {"stage": 3, key: False}}))
+    assert DeepSpeedZeroConfig(**asked["zero_optimization"]).allgather_sequential is False
+    assert not one_by_one(asked)
