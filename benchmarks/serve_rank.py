@@ -25,7 +25,7 @@ from step import CONFIG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.evaluate.generate import generate
-from pipeline.generator import Source, open_generator
+from pipeline.generate.generator import Source, open_generator
 from pipeline.job.spec import Decoding
 from pipeline.screen import Screen
 from pipeline.train.engine import join_ranks

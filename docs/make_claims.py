@@ -15,7 +15,7 @@ from pipeline.plan.hardware import ATTAINED, gpu_of
 from pipeline.plan.memory import Setting, memory, setting
 from pipeline.plan.paper import figures
 from pipeline.plan.work import work
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 
 ROOT = Path(__file__).parents[1]
 TARGET = Path(__file__).parent / "memory.md"

@@ -15,7 +15,7 @@ from pipeline.cluster.launch import die_with_parent, report_start
 from pipeline.cluster.stop import STOPPED, StopRequest
 from pipeline.cluster.watchdog import ENDED, RANK_FAILED, Watchdog
 from pipeline.job.errors import Diverged, JobError, Stopped, of_system
-from pipeline.run_folder import LOGS, Hold
+from pipeline.runs.folder import LOGS, Hold
 from pipeline.screen import Screen, take_terminal
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ from pipeline.job.read import read_resolved
 from pipeline.job.section import Split
 from pipeline.job.spec import Job
 from pipeline.methods.files import begin, restore
-from pipeline.report import show_end, show_scores, show_start, stopped_text
-from pipeline.resume import find_start
-from pipeline.run_folder import SCORES
+from pipeline.runs.folder import SCORES
+from pipeline.runs.report import show_end, show_scores, show_start, stopped_text
+from pipeline.runs.resume import find_start
+from pipeline.runs.session import open_session
+from pipeline.runs.writer import Writer
 from pipeline.screen import Screen
-from pipeline.session import open_session
 from pipeline.tasks.open import has_split, sources_of
 from pipeline.train.engine import Ranks, StopAgreed
 from pipeline.train.loop import Course, rehearse, take_steps
 from pipeline.train.step import Stepper
-from pipeline.writer import Writer
 
 DELTAS = {"best": "best", "last": "delta"}
 """Which of a run's deltas -> its folder."""

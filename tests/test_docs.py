@@ -14,12 +14,12 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
-from pipeline.counting import make_counts, show_counts
 from pipeline.job.method import Adapter, Method
 from pipeline.job.read import read_job
 from pipeline.job.task import Task
 from pipeline.plan.hardware import GIB, gpus
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
+from pipeline.planning.methods import make_counts, show_counts
 from pipeline.screen import Screen
 from pipeline.tasks.open import sources_of
 from tests.tasks.reading import read_examples

@@ -16,7 +16,7 @@ from pipeline.job.toml import Asked, read_toml
 from pipeline.plan.families import read_shape
 from pipeline.plan.published import rows
 from pipeline.plan.trained import trained
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 from pipeline.weights.hub import local_config
 
 ROOT = Path(__file__).parents[1] / "jobs"

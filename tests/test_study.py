@@ -15,7 +15,7 @@ import pytest
 from pipeline.job.read import job_digest, job_toml, read_job, read_members
 from pipeline.plan.families import read_shape
 from pipeline.plan.trained import trained
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "jobs" / "study"

@@ -58,8 +58,8 @@ def plan(
     Example: zlora plan jobs/gpt3/175b_lora_wikisql.toml --gpu v100-32g
     """
     from pipeline.job.read import read_job
-    from pipeline.plan_report import show_plan
-    from pipeline.planning import make_plan, write_mended
+    from pipeline.planning.job import make_plan, write_mended
+    from pipeline.planning.tables import show_plan
     from pipeline.screen import Screen
 
     read = read_job(job, tuple(overrides or ()), lenient=True)
@@ -83,7 +83,7 @@ def methods(
 
     Example: zlora methods --base gpt2-medium
     """
-    from pipeline.counting import make_counts, show_counts
+    from pipeline.planning.methods import make_counts, show_counts
     from pipeline.screen import Screen
 
     counts = make_counts(base)
@@ -124,8 +124,8 @@ def data(
     # transformers imports torch wherever it is; its tokenizers do not need it, and so start in half the time.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    from pipeline.data import look
-    from pipeline.data_report import show_data
+    from pipeline.data.look import look
+    from pipeline.data.show import show_data
     from pipeline.job.read import read_job
     from pipeline.screen import Screen, json_text
 

@@ -203,7 +203,7 @@ def import_(
 
     Example: zlora import mnli.bin --base roberta-base --alpha 16 --out mnli
     """
-    from pipeline.importing import import_delta
+    from pipeline.exchange.importing import import_delta
     from pipeline.screen import Screen
 
     chosen, names = (tuple(filter(None, text.split(","))) for text in (parts, labels))

@@ -80,7 +80,7 @@ def extract(
 
     Example: zlora deltas extract --base gpt2-medium --finetuned my-model --rank 8 --out delta
     """
-    from pipeline.extracting import extract as extract_files
+    from pipeline.exchange.extracting import extract as extract_files
     from pipeline.screen import Screen
 
     screen = Screen(sys.stderr)

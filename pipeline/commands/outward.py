@@ -31,8 +31,8 @@ def export(
 
     Example: zlora export runs/my/best --format hub --out my-adapter
     """
-    from pipeline.exporting import check_vllm
-    from pipeline.exporting import export as export_files
+    from pipeline.exchange.exporting import check_vllm
+    from pipeline.exchange.exporting import export as export_files
     from pipeline.screen import Screen
 
     if not check and (form is None or out is None):

@@ -14,7 +14,7 @@ from pipeline.commands import options
 from pipeline.job.errors import JobError
 
 if TYPE_CHECKING:
-    from pipeline.submitting_after import Then
+    from pipeline.submit.after import Then
 
 
 def submit(
@@ -46,9 +46,9 @@ def submit(
     """
     from pipeline.job.read import read_job
     from pipeline.screen import Screen
-    from pipeline.submitting import Asked
-    from pipeline.submitting import submit as submit_job
-    from pipeline.submitting_sweep import submit_sweep
+    from pipeline.submit.job import Asked
+    from pipeline.submit.job import submit as submit_job
+    from pipeline.submit.sweep import submit_sweep
     from pipeline.sweeping import runs_of
 
     if after is not None and not re.fullmatch(r"\d+(_\d+)?", after):

@@ -34,7 +34,7 @@ def train(
     from pipeline.cluster.failures import JOB_ERROR
     from pipeline.cluster.launch import inside_ranks, launch
     from pipeline.job.read import read_job
-    from pipeline.run_folder import refuse_foreign, remove_if_empty_handed
+    from pipeline.runs.folder import refuse_foreign, remove_if_empty_handed
 
     asked = read_job(job, tuple(overrides or ()))
     if asked.sweep:
@@ -113,7 +113,7 @@ def profile(
     from pipeline.cluster.failures import JOB_ERROR
     from pipeline.cluster.launch import inside_ranks, launch
     from pipeline.job.read import read_job
-    from pipeline.run_folder import remove_if_empty_handed
+    from pipeline.runs.folder import remove_if_empty_handed
 
     asked = read_job(job, tuple(overrides or ()))
     folder = run or Path("runs") / job.stem

@@ -91,8 +91,8 @@ def generate(
     from pipeline.rank import as_rank
 
     def body(joined: Ranks, screen: Screen) -> None:
-        from pipeline.generation import answer_all, converse
-        from pipeline.generator import Source, open_generator
+        from pipeline.generate.generator import Source, open_generator
+        from pipeline.generate.ranks import answer_all, converse
 
         source = Source(base, revision, deltas, separator, dtype, file)
         generator = open_generator(source, decoding, too_long, joined, screen)

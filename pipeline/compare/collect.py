@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.job.changes import flat
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_resolved
-from pipeline.run_folder import SCORES, read_rows
+from pipeline.runs.folder import SCORES, read_rows
 from pipeline.sweeping import JOBS
 from pipeline.watch.status import find_runs, is_finished, statuses
 from pipeline.weights.manifest import MANIFEST, TENSORS

@@ -1,6 +1,6 @@
 """What was measured beside what was expected: a line where it is off by more than 15 %, with the cause that the evidence speaks for.
 
-Only what harms is told: more memory, less throughput. Pure functions of numbers; who measures is pipeline/outlook.py. No torch.
+Only what harms is told: more memory, less throughput. Pure functions of numbers; who measures is pipeline/runs/outlook.py. No torch.
 """
 
 from __future__ import annotations

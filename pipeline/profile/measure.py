@@ -19,7 +19,7 @@ from pipeline.profile.follow import Followed, Follower
 from pipeline.profile.modules import ModuleTime, slowest, timed_modules
 from pipeline.profile.stopwatch import GATHER, Key, Places, Stopwatch
 from pipeline.profile.trace import traced
-from pipeline.session import Session
+from pipeline.runs.session import Session
 from pipeline.tasks.batch import MicroBatch
 from pipeline.train.loop import Course, take_steps
 from pipeline.train.step import Stepper, StepResult

@@ -21,7 +21,7 @@ from pipeline.profile.follow import expected
 from pipeline.profile.judge import Facts, judge
 from pipeline.profile.measure import FIRST, Measured
 from pipeline.profile.stopwatch import GATHER, PARTS, Key
-from pipeline.session import Session
+from pipeline.runs.session import Session
 from pipeline.train.engine import Ranks
 from pipeline.train.loop import Course, peak_memory_bytes
 

@@ -23,8 +23,8 @@ from pipeline.profile.rate import matrix_flops_s
 from pipeline.profile.report import of_rank, report_of
 from pipeline.profile.show import show_profile
 from pipeline.profile.stopwatch import Places
+from pipeline.runs.session import open_session
 from pipeline.screen import Screen
-from pipeline.session import open_session
 from pipeline.train.engine import Ranks
 from pipeline.train.environment import environment
 from pipeline.train.loop import Course

@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from pipeline.run_folder import read_rows
+from pipeline.runs.folder import read_rows
 from pipeline.screen import finite, json_text
 from pipeline.weights.atomic import write_text
 

@@ -13,7 +13,7 @@ from pipeline.cluster.record import events
 from pipeline.cluster.standing import newest
 from pipeline.job.errors import JobError
 from pipeline.job.printable import printable
-from pipeline.run_folder import LOGS, held
+from pipeline.runs.folder import LOGS, held
 
 _POLL_S = 0.5
 _ASK_S = 5.0

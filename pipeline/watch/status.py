@@ -20,7 +20,7 @@ from pipeline.cluster.standing import Standing, newest_job, restarts, standing
 from pipeline.cluster.stop import STOPPED
 from pipeline.cluster.watchdog import ENDED, RANK_FAILED
 from pipeline.job.errors import JobError
-from pipeline.run_folder import LOGS, begun, held
+from pipeline.runs.folder import LOGS, begun, held
 
 _TAIL_BYTES = 1 << 16
 _STEPS = 20

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from pipeline.job.read import read_job
-from pipeline.submitting import Asked, submit
+from pipeline.submit.job import Asked, submit
 
 ROOT = Path(__file__).parents[2]
 SLOW = Path(__file__).parent / "slow"

@@ -18,7 +18,7 @@ from pipeline.cluster.record import Began, Ended, Submitted, Told, events
 from pipeline.cluster.standing import standing
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
-from pipeline.submitting import Asked, submit
+from pipeline.submit.job import Asked, submit
 from tests.cluster.slurm import Slurm, missing
 from tests.cluster.submitting import ended, instead, log, settings_of, steps_taken, submitted, wait_for
 from tests.training import LORA_DROPOUT, delta_bytes, rows, trained, write_job

@@ -12,8 +12,8 @@ from pipeline.compare.collect import collect
 from pipeline.compare.group import compare
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
-from pipeline.submitting import Asked
-from pipeline.submitting_sweep import submit_sweep
+from pipeline.submit.job import Asked
+from pipeline.submit.sweep import submit_sweep
 from pipeline.sweeping import runs_of
 from pipeline.watch.cancel import cancel
 from pipeline.watch.logs import logs_of, text_of

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.job.read import job_toml, read_job
-from pipeline.run_folder import SCORES
+from pipeline.runs.folder import SCORES
 from pipeline.screen import finite, json_text
 from pipeline.weights.atomic import write_json, write_text
 from pipeline.weights.manifest import MANIFEST, TENSORS, Manifest

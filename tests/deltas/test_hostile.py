@@ -25,8 +25,8 @@ from pipeline.deltas.foreign import read_foreign
 from pipeline.deltas.merge import merge
 from pipeline.deltas.mixture import mix
 from pipeline.deltas.verify import verify
+from pipeline.generate.served import read_deltas
 from pipeline.job.errors import JobError
-from pipeline.served import read_deltas
 from pipeline.weights.delta import read_delta
 from pipeline.weights.digest import sha256_of
 from pipeline.weights.index import open_checkpoint, read_header

@@ -26,8 +26,8 @@ def generate_on_ranks(ranks, job: str, prompts: list[str], settings: dict) -> li
     from pipeline.evaluate.generate import generate
     from pipeline.job.read import read_job
     from pipeline.job.spec import Evaluate
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
     evaluate = Evaluate(**{"max_new_tokens": ROOM, **settings})
@@ -192,8 +192,8 @@ def gathering_on_ranks(ranks, job: str) -> dict:
     from pipeline.job.read import read_job
     from pipeline.job.spec import Evaluate
     from pipeline.model.zero3 import shape_of, shard_of
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
     real = gather._free_bytes
@@ -220,8 +220,8 @@ def gathering_on_ranks(ranks, job: str) -> dict:
 def score_on_ranks(ranks, job: str, overrides: tuple[str, ...]) -> dict:
     """Scores the training file, which a test has written, as a split."""
     from pipeline.job.read import read_job
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job), overrides), ranks, Screen(io.StringIO(), shown=False))
     (data,) = session.evaluation("train")

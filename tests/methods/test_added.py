@@ -23,8 +23,8 @@ from pipeline.tasks.tokens import NewTokens, Tokens, vocabulary_with
 from pipeline.weights.manifest import ADDED_EMBEDDINGS, ADDED_HEAD
 from tests.bases import VOCABULARY
 from tests.families import make_family
+from tests.generate.test_generate import answers
 from tests.tasks.making import learnt_from
-from tests.test_generation import answers
 from tests.training import trained, write_job
 
 CPU = torch.device("cpu")

@@ -79,8 +79,8 @@ def logits_of_run(ranks, run: str) -> np.ndarray:
     from pipeline.job.read import read_job
     from pipeline.methods.files import restore
     from pipeline.model.causal import Decode
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.weights.manifest import read_manifest
 
     session = open_session(read_job(Path(run) / "job.toml"), ranks, Screen(io.StringIO(), shown=False))

@@ -25,8 +25,8 @@ from pipeline.model.causal import Causal
 from pipeline.model.config import read_config
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.zero3 import Partitioner, shard_bytes
+from pipeline.runs.session import open_session
 from pipeline.screen import Screen
-from pipeline.session import open_session
 from pipeline.tasks.batch import collate
 from pipeline.train.engine import Engine
 from tests.bases import VOCABULARY, make_gpt2, make_llama

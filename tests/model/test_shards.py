@@ -75,8 +75,8 @@ def held(ranks, job: str, *overrides: str) -> dict:
     from torch import distributed
 
     from pipeline.job.read import read_job
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job), overrides), ranks, Screen(open(os.devnull, "w"), shown=False))  # noqa: PTH123, SIM115
     parameters = list(session.base.model.parameters())

@@ -16,7 +16,7 @@ from pipeline.plan.families import read_shape
 from pipeline.plan.hardware import GIB, gpu_of
 from pipeline.plan.memory import Setting, beside, memory, setting
 from pipeline.plan.work import work
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 from tests.training import trained, write_job
 
 ROOT = Path(__file__).parent.parent.parent
@@ -140,8 +140,8 @@ def _train_sharded(ranks, job: str, run: str, place: int):
     import os
     from unittest import mock
 
-    from pipeline import session
     from pipeline.plan.choose import _candidates
+    from pipeline.runs import session
     from tests.training import read_run, train_here
 
     real = session.choose

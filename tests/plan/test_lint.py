@@ -11,7 +11,7 @@ from pipeline.job.errors import JobError
 from pipeline.job.files import shipped
 from pipeline.job.read import read_job
 from pipeline.job.zero import deepspeed_config
-from pipeline.planning import make_plan, write_mended
+from pipeline.planning.job import make_plan, write_mended
 from tests.training import write_job
 
 GPT3 = "jobs/gpt3/175b_lora_wikisql.toml"

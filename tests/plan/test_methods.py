@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.job.read import read_job
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 
 ROOT = Path(__file__).parent.parent.parent
 GPT3 = "jobs/gpt3/175b_lora_wikisql.toml"

@@ -21,7 +21,7 @@ from transformers import (
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.plan.families import read_shape
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 from tests.training import write_job
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}

@@ -18,8 +18,8 @@ from pipeline.profile.judge import Facts, judge
 from pipeline.profile.modules import alike
 from pipeline.profile.stopwatch import Places, Stopwatch
 from pipeline.profile.storages import GATHERED, Storages, timeline
+from pipeline.runs.session import open_session
 from pipeline.screen import Screen
-from pipeline.session import open_session
 from pipeline.tasks.batch import collate
 from pipeline.train import loop, step
 from pipeline.train.step import Stepper

@@ -130,7 +130,7 @@ class Killed(Exception):
 
 def killed(ranks, job, run, overrides, step, moment):
     """Ends as a killed process would: nothing more is written once the scores of `step` are."""
-    from pipeline.writer import Writer
+    from pipeline.runs.writer import Writer
 
     real = Writer._take
 

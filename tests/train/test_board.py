@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import metadata
 from pipeline.evaluate.score import Prediction
 from pipeline.job.read import read_job
 from pipeline.methods.spectrum import singular_values
-from pipeline.report import comparable, markdown
+from pipeline.runs.report import comparable, markdown
 from pipeline.train.board import Board
 from tests.training import write_job
 

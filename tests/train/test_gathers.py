@@ -29,8 +29,8 @@ def gathered_by_name(ranks, job: str, overrides: tuple[str, ...]) -> dict:
     from pipeline.model import gathers
     from pipeline.model.zero3 import gathered
     from pipeline.plan.memory import memory
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.tasks.batch import collate
     from pipeline.train.step import Stepper
 

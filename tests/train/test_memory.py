@@ -20,8 +20,8 @@ def held_by_a_rank(ranks, job: str, run: str) -> dict:
     from pipeline.job.read import job_digest, read_job
     from pipeline.methods.files import store
     from pipeline.model.zero3 import shard_of
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.tasks.batch import collate
     from pipeline.train.step import Stepper
     from pipeline.weights.digest import file_digests
@@ -92,8 +92,8 @@ def test_a_rank_holds_its_shard_and_the_delta_alone(gpt2_base, ranks2, tmp_path)
 
 def count_layer_passes(ranks, job: str, checkpointing: str) -> int:
     from pipeline.job.read import read_job
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.tasks.batch import collate
     from pipeline.train.step import Stepper
 

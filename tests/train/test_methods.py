@@ -14,8 +14,8 @@ from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.run import evaluate
 from pipeline.screen import Screen
+from tests.generate.test_generate import answers
 from tests.ranks import RankError
-from tests.test_generation import answers
 from tests.training import JOB, delta_bytes, read_run, rows, train_here, train_until, trained, write_examples
 
 LORA = 'kind = "lora"\ntargets = ["q", "v"]\nrank = 3\nalpha = 12\n'

@@ -68,8 +68,8 @@ def sources_of_course(ranks, job):
     import io
     from pathlib import Path
 
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.train.loop import Course
 
     session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
@@ -110,8 +110,8 @@ def targets_of(ranks, job):
     import io
     from pathlib import Path
 
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
 
     session = open_session(read_job(Path(job)), ranks, Screen(io.StringIO(), shown=False))
     return {data.title: sum(s.targets for s in data.sequences) for data in session.evaluation("valid")}

@@ -25,8 +25,8 @@ def counted(ranks, job):
     import torch.distributed as dist
 
     from pipeline.job.read import read_job
+    from pipeline.runs.session import open_session
     from pipeline.screen import Screen
-    from pipeline.session import open_session
     from pipeline.train.step import Stepper
     from pipeline.weights.state import Progress
     from tests.train.test_memory import COLLECTIVES
@@ -66,7 +66,7 @@ def test_only_trained_elements_are_moved(job, ranks2):
 
 def slow_writer(ranks, job, run, overrides):
     """Trains while the first state's write waits for the fourth step; returns steps seen done before it was over, in order."""
-    from pipeline import writer
+    from pipeline.runs import writer
 
     real, reached, order = writer.write_state, threading.Event(), []
 
@@ -124,7 +124,7 @@ def test_the_state_says_what_resuming_needs(whole):
 
 def hashing_slowly(ranks, job, run, overrides, stop_at):
     """The base is not hashed before training is over."""
-    from pipeline import session
+    from pipeline.runs import session
 
     real, hashed = session.file_digests, threading.Event()
 

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.cluster.record import Began, Ended, Submitted, note
 from pipeline.job.errors import JobError
-from pipeline.run_folder import LOCK, Hold
+from pipeline.runs.folder import LOCK, Hold
 from pipeline.watch import logs as logs_module
 from pipeline.watch.logs import Log, follow, logs_of
 from pipeline.watch.status import find_runs, statuses, tail_rows

@@ -30,7 +30,7 @@ from pipeline.tasks.prompts import read_prompts
 from tests.bases import make_gpt2, make_llama
 from tests.training import train_here, write_job
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe", "pub", "x" * 60, "Italian city"]
 ROOM = 20
 
@@ -45,7 +45,7 @@ def run(gpt2_base, ranks1, tmp_path_factory):
 
 def answers_on_ranks(ranks, base, delta=None, separator=None, prompts=PROMPTS, too_long="refuse", **settings) -> list[str] | str:
     """The texts, or the words of a refusal."""
-    from pipeline.generator import Source, open_generator
+    from pipeline.generate.generator import Source, open_generator
     from pipeline.job.files import memory_config
     from pipeline.screen import Screen
     from pipeline.tasks.prompts import read_prompts

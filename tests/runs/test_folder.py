@@ -11,9 +11,9 @@ import threading
 
 import pytest
 
-from pipeline import run_folder
 from pipeline.job.errors import JobError
-from pipeline.run_folder import LOCK, WRITTEN, Hold, begun, clear, refuse_foreign, remove_if_empty_handed
+from pipeline.runs import folder as run_folder
+from pipeline.runs.folder import LOCK, WRITTEN, Hold, begun, clear, refuse_foreign, remove_if_empty_handed
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pipeline.job.metrics import shown
 from pipeline.job.spec import Job
 from pipeline.job.task import Glue
 from pipeline.model.zero3 import shard_bytes
+from pipeline.runs.session import Session, TrainingSet
 from pipeline.screen import Screen, size_text
-from pipeline.session import Session, TrainingSet
 from pipeline.tasks.open import sources_of
 from pipeline.train.loop import Course
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import _histogram, _statistics, look
-from pipeline.data_report import show_data
+from pipeline.data.look import _histogram, _statistics, look
+from pipeline.data.show import show_data
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.screen import Screen
@@ -28,7 +28,7 @@ from tests.bases import VOCABULARY
 from tests.hub_server import Repository, serving
 from tests.training import read_run, train_here, write_examples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTEXT = 128
 TURNS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import submitting
 from pipeline.cluster.record import Submitted, events
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, job_toml, read_job, with_settings
 from pipeline.plan.hardware import GIB
-from pipeline.planning import make_plan
-from pipeline.submitting import Asked, submit
-from pipeline.submitting_sweep import submit_sweep
+from pipeline.planning.job import make_plan
+from pipeline.submit import job as submitting
+from pipeline.submit.job import Asked, submit
+from pipeline.submit.sweep import submit_sweep
 from pipeline.sweeping import runs_of
 from tests.training import write_job
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SBATCH = """#!/bin/sh
 env > "{folder}/environment"; echo "$PWD" "$@" > "{folder}/asked"
 [ -e "{folder}/refuse" ] && {{ echo "sbatch: error: Batch job submission failed: Invalid account" >&2; exit 1; }}

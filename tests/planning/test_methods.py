@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, OPTConfig
 
-from pipeline.counting import make_counts, settings_text
 from pipeline.job.errors import JobError
 from pipeline.job.method import Adapter
 from pipeline.plan.published import rows
-from tests.plan.test_command import ROOT, keys_of
+from pipeline.planning.methods import make_counts, settings_text
+from tests.planning.test_plan import ROOT, keys_of
 
 KEYS = Path(__file__).parent / "methods_keys.txt"
 """Renew it by hand when keys are added; a key that goes or changes its meaning raises schema_version."""

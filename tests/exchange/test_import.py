@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, RobertaForSequenceClassification
 
 from pipeline.analyze.report import analyze
 from pipeline.deltas.merge import merge
-from pipeline.importing import import_delta
+from pipeline.exchange.importing import import_delta
 from pipeline.job.errors import JobError
 from pipeline.job.files import memory_config
 from pipeline.job.method import Lora

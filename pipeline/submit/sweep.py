@@ -13,7 +13,7 @@ from pipeline.cluster.scripts import FOLDER, frozen_text, make_script, next_numb
 from pipeline.cluster.standing import newest
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Job
-from pipeline.submitting import (
+from pipeline.submit.job import (
     SCHEMA_VERSION,
     Asked,
     Planned,

@@ -18,11 +18,11 @@ from pipeline.job.metrics import names_of
 from pipeline.job.read import job_digest, job_toml
 from pipeline.methods.files import store
 from pipeline.methods.spectrum import singular_values
-from pipeline.outlook import Outlook
-from pipeline.report import comparable, markdown
-from pipeline.resume import Start
-from pipeline.run_folder import clear, remove, remove_halves
-from pipeline.session import Session
+from pipeline.runs.folder import clear, remove, remove_halves
+from pipeline.runs.outlook import Outlook
+from pipeline.runs.report import comparable, markdown
+from pipeline.runs.resume import Start
+from pipeline.runs.session import Session
 from pipeline.tasks.open import prompt_form
 from pipeline.train.board import Board
 from pipeline.train.engine import first_rank_alone

@@ -12,7 +12,7 @@ import pytest
 from pipeline.job.errors import JobError
 from pipeline.job.read import read_job
 from pipeline.plan.hardware import GIB, gpu_of, gpus
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 from tests.training import write_job
 
 ROOT = Path(__file__).parent.parent.parent

@@ -15,7 +15,7 @@ from pipeline.job.changes import changes, measured_otherwise, refuse_changes
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, read_resolved, resolved
 from pipeline.job.spec import Job
-from pipeline.run_folder import begun, read_rows
+from pipeline.runs.folder import begun, read_rows
 from pipeline.screen import Screen
 from pipeline.train.engine import Ranks
 from pipeline.train.environment import started_by

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.plan_rank import views_of
-from pipeline import outlook
+from pipeline.runs import outlook
 from pipeline.tasks.batch import alike
 from tests.ranks import Ranks
 from tests.training import train_here, write_job

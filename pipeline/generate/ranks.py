@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.launch import started_here
-from pipeline.generator import Generator, Ready
+from pipeline.generate.generator import Generator, Ready
 from pipeline.job.errors import JobError
 from pipeline.screen import Screen
 from pipeline.tasks.named import BASE, chosen

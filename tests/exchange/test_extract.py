@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.deltas.lowrank import best_of
 from pipeline.deltas.merge import merge
-from pipeline.extracting import extract
+from pipeline.exchange.extracting import extract
 from pipeline.job.errors import JobError
 from pipeline.weights.delta import read_delta
 from tests.families import make_family

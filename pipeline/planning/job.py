@@ -1,4 +1,4 @@
-"""`zlora plan`: a job and a GPU's name -> what it needs and what fits, as one object for programs (plan_report.py shows it). No torch."""
+"""`zlora plan`: a job and a GPU's name -> what it needs and what fits, as one object for programs (tables.py shows it). No torch."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from pipeline.job.spec import Decoding
 from pipeline.tasks.named import named_deltas, used
 from pipeline.tasks.prompts import read_prompts
 from tests.bases import make_gpt2
+from tests.generate.test_generate import ROOM, Terminal, answers, generate, plain
 from tests.methods.test_mixed import make_delta
-from tests.test_generation import ROOM, Terminal, answers, generate, plain
 
 METHODS = {"lora": "lora", "wide": "wide", "bias": "bitfit", "prefix": "prefix_layer"}
 PROMPTS = ["Blue Spice", "The Eagle near the riverside cafe", "pub", "x" * 60, "Italian city", "Blue Spice", "Blue Spice"]
@@ -33,7 +33,7 @@ def deltas(gpt2_base, tmp_path_factory) -> dict[str, Path]:
 
 def texts_on_ranks(ranks, base: str, deltas: dict[str | None, Path], asking: list[str | None]) -> list[list[str]]:
     """Of each of the settings, from one resident base."""
-    from pipeline.generator import Source, open_generator
+    from pipeline.generate.generator import Source, open_generator
     from pipeline.job.files import memory_config
     from pipeline.screen import Screen
 

@@ -17,9 +17,9 @@ from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, read_resolved, with_settings
 from pipeline.job.settings import settings_file
 from pipeline.job.spec import Job
-from pipeline.planning import make_plan
-from pipeline.run_folder import begun, refuse_foreign
-from pipeline.submitting_after import Then, afterwards
+from pipeline.planning.job import make_plan
+from pipeline.runs.folder import begun, refuse_foreign
+from pipeline.submit.after import Then, afterwards
 
 SCHEMA_VERSION = 1
 _WARNING = "SIGUSR1"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.evaluate.gather import choose
 from pipeline.evaluate.generate import generate
+from pipeline.generate.served import Found, Served, dtype_of, read_deltas, serve
 from pipeline.job.errors import JobError
 from pipeline.job.spec import Decoding, Dtype
 from pipeline.job.zero import deepspeed_config
@@ -30,7 +31,6 @@ from pipeline.model.families import refuse_encoder
 from pipeline.model.load import LoadedBase, load_base
 from pipeline.model.routing import Routing
 from pipeline.screen import Screen
-from pipeline.served import Found, Served, dtype_of, read_deltas, serve
 from pipeline.tasks.prompts import Asked
 from pipeline.tasks.specials import Specials, specials_of
 from pipeline.tasks.tokens import Tokens, vocabulary_with

@@ -21,8 +21,8 @@ from pipeline.plan.judge import MARGIN, Footprint, OwnBest, Pace, Promise, judge
 from pipeline.plan.layers import MicroBatch
 from pipeline.plan.memory import Memory, beside, memory
 from pipeline.plan.work import work
-from pipeline.plan_report import plan_markdown
-from pipeline.session import Session
+from pipeline.planning.tables import plan_markdown
+from pipeline.runs.session import Session
 from pipeline.tasks.batch import alike
 from pipeline.tasks.order import deal
 from pipeline.train.loop import Course, Taken

@@ -11,7 +11,7 @@ from pipeline.job.read import read_job
 from pipeline.job.task import Glue
 from pipeline.plan.examples import examples_of, steps_of
 from pipeline.plan.hardware import gpu_of
-from pipeline.planning import make_plan
+from pipeline.planning.job import make_plan
 from pipeline.tasks.open import open_split
 from tests.training import write_job
 

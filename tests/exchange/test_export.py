@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.deltas.merge import merge
 from pipeline.deltas.resize import resize
-from pipeline.exporting import check_vllm, export
-from pipeline.importing import import_delta
+from pipeline.exchange.exporting import check_vllm, export
+from pipeline.exchange.importing import import_delta
 from pipeline.job.errors import JobError
 from pipeline.job.read import job_digest, read_job
 from pipeline.weights.delta import read_delta
