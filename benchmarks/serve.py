@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--prompts 16] [--rounds 5] [--rank 8] [--record FILE]
 
-The base is that of `step.py`, a random GPT-2 of 6 layers, width 384, fp32, where what deltas cost shows most; the deltas are random LoRA
+The base is a random GPT-2 of 6 layers, width 384, fp32, where what deltas cost shows most; the deltas are random LoRA
 on q and v. A batch is of as many prompts whatever the number of deltas among them, greedy, no early end; one rank, one thread. Time is
 the processor's, so that other work on the machine does not count. Ours is `zlora generate`'s own way; theirs is
 `generate(adapter_names=...)`. Both are in one process and take turns, and their texts are compared; memory is of processes of their own.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ import torch
 from machine import origin
 from rich.console import Console
 from rich.table import Table
-from step import DATA, HERE, make_base, start
+from ways import FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer, start
 
 from pipeline.job.method import Lora
 from pipeline.job.spec import Base
@@ -48,17 +47,15 @@ def main() -> None:
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="zlora-bench-") as folder:
         scratch = Path(folder)
-        base, deltas = make_base(scratch / "base"), scratch / "deltas"
+        base, deltas = make_base(scratch / "base", SHAPES["gpt2-small"].config, make_tokenizer(FILMS)), scratch / "deltas"
         delta_bytes = make_deltas(base, deltas, COUNTS[-1], asked.rank)
-        prompts = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()][: asked.prompts]
+        prompts = [json.loads(line)["prompt"] for line in FILMS.read_text().splitlines()][: asked.prompts]
         (scratch / "prompts.json").write_text(json.dumps(prompts))
 
         def measured(*words: object) -> object:
-            command, out = (
-                [sys.executable, HERE / "serve_rank.py", words[0], base, deltas, scratch / "prompts.json", NEW_TOKENS],
-                scratch / "out.json",
-            )
-            start([*command, *words[1:], out])
+            command = [HERE / "serve_rank.py", words[0], base, deltas, scratch / "prompts.json", NEW_TOKENS]
+            out = scratch / "out.json"
+            start([[*command, *words[1:], out]], QUIET)
             return json.loads(out.read_text())
 
         load = os.getloadavg()[0]

@@ -21,8 +21,8 @@ os.environ["ZLORA_RENDEZVOUS"] = f"file://{tempfile.mkdtemp(prefix='zlora-bench-
 
 import torch
 from peft import PeftModel
-from step import CONFIG
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from ways import CONFIGS
 
 from pipeline.evaluate.generate import generate
 from pipeline.generate.generator import Source, open_generator
@@ -83,7 +83,7 @@ def ours(base: Path, deltas: list[Path], texts: list[str], new_tokens: int) -> A
     ranks = join_ranks()
     decoding = Decoding(max_new_tokens=new_tokens, batch_tokens=10**6, gather="once")
     named = {path.name: path for path in deltas}
-    source = Source(str(base), None, named, "", "fp32", CONFIG)
+    source = Source(str(base), None, named, "", "fp32", CONFIGS / "zero3.json")
     generator = open_generator(source, decoding, "refuse", ranks, Screen(sys.stderr, shown=False))
     ids = generator.tokens.ids(texts)
     # Kept open until the process ends: the base stays gathered.

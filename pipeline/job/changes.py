@@ -19,7 +19,7 @@ class Verdict(Enum):
 
 _FREE = re.compile(
     r"train\.(epochs|steps|save_every_steps|keep_states|micro_batch_tokens|packing|timeout_s|stop_signals|stop_after_bad_steps)"
-    r"|evaluate\..*|memory\..*|cluster\..*|(sweep|published)(\..*)?"
+    r"|evaluate\..*|memory\.(config|nvme_path|gradient_checkpointing)|cluster\..*|(sweep|published)(\..*)?"
     # Where base and data lie is free: what they hold is compared by digest.
     # Nor does a choice among the valid or test split touch what is trained.
     r"|base\.(model|revision)|task\.(sources\[\d+\]\.)?(data|valid|test|test_categories|section|title)"
@@ -31,7 +31,7 @@ _MEASURE = re.compile(
 """What a score means: scores of before and after such a change cannot be compared."""
 _DELIBERATE = re.compile(
     r"train\.(learning_rate|schedule|warmup_steps|warmup_ratio|weight_decay|adam_betas|adam_eps|clip_norm|label_smoothing|dropout|classifier_dropout)"
-    r"|methods\[\d+\]\.dropout|base\.dtype"
+    r"|methods\[\d+\]\.dropout|base\.dtype|memory\.int8_gathers"
 )
 
 

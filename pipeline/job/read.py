@@ -251,14 +251,19 @@ def _resolve(job: Job, path: Path, lenient: bool) -> Job:
     else:
         task = _located(task, path, "task", lenient)
     methods = tuple(_begun(method, path, place, lenient) for place, method in enumerate(job.methods))
+    trained = trains_matrices(job.methods)
+    if job.memory.int8_gathers and trained:
+        raise JobError(
+            f'{path}: memory.int8_gathers: "{trained}" trains the base, which must come as it is. Set it to false, or train a delta.'
+        )
     if job.memory.config == AUTO:
         return job.model_copy(update={"base": base, "task": task, "methods": methods})
     try:
         config = memory_config(job.memory.config)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
-    zero = deepspeed_config(config, job.memory.nvme_path, lenient)
-    group, trained = group_of(zero), trains_matrices(job.methods)
+    zero = deepspeed_config(config, job.memory.nvme_path, lenient, job.memory.int8_gathers)
+    group = group_of(zero)
     if group and trained:
         raise JobError(
             f'{path}: memory.config: zero_hpz_partition_size = {group}: groups of ranks hold copies of a frozen base, and "{trained}" '

@@ -154,6 +154,9 @@ class Memory(Section):
     `$NAME` in it comes from the environment of each rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    int8_gathers: bool = False
+    """Matrices of the frozen base go to other ranks in 8 bits with a scale for each 128 elements: half the bytes of bf16 and fp16, and
+    weights that are rounded by up to 0.4 % of the largest of each 128. Shards and what is saved stay as they are."""
 
 
 class Published(Section):

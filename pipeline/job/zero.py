@@ -14,8 +14,9 @@ from pipeline.job.errors import JobError
 from pipeline.job.zero_keys import ALLOWED, strangers, without_strangers
 
 _GROUP = "zero_hpz_partition_size"
-_NOT_YET = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
-"""They change how a shard is stored, which the loader does not know."""
+_INT8 = "zero_quantized_weights"
+_QUANTIZED = (_INT8, "zero_quantized_nontrainable_weights")
+"""They change what is computed, so they belong to the job."""
 _SEQUENTIAL = {"stage3_allgather_sequential", "allgather_sequential"}
 """Both are DeepSpeed's."""
 Offload = Literal["cpu", "nvme"]
@@ -38,6 +39,11 @@ def one_by_one(config: dict[str, Any]) -> bool:
     return any(config["zero_optimization"].get(key, False) for key in _SEQUENTIAL)
 
 
+def int8_gathers(config: dict[str, Any]) -> bool:
+    """Whether matrices of the base come to other ranks in 8 bits."""
+    return bool(config["zero_optimization"].get(_INT8, False))
+
+
 def offload_of(config: dict[str, Any]) -> Offload | None:
     device = (config["zero_optimization"].get("offload_param") or {}).get("device")
     return device if device in ("cpu", "nvme") else None
@@ -49,20 +55,21 @@ def nvme_path_of(config: dict[str, Any]) -> str | None:
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed is told. Groups of ranks and files are ours (pipeline/model/zero3.py): to it, groups are all there is, and
+    """What DeepSpeed is told. Groups of ranks, files and 8 bits are ours (pipeline/model/zero3.py): to it, groups are all there is, and
     mapped files are main memory."""
-    section = {key: value for key, value in config["zero_optimization"].items() if key != _GROUP}
+    section = {key: value for key, value in config["zero_optimization"].items() if key not in (_GROUP, _INT8)}
     if offload_of(config) == "nvme":
         section["offload_param"] = {"device": "cpu"}
     return {**config, "zero_optimization": section}
 
 
-def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = False) -> dict[str, Any]:
+def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = False, int8: bool = False) -> dict[str, Any]:
     """The memory configuration of a file, with what every run sets.
 
     Args:
         nvme_path: of the job, for a file that asks for shards on disk and names no folder.
         lenient: what has no place there is left out; otherwise it is refused, all of it at once.
+        int8: of the job: gathers in 8 bits.
 
     Raises:
         JobError: the file is not JSON, sets what belongs to the job, or asks for a stage that shards nothing here.
@@ -85,15 +92,19 @@ def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = F
             f"{path}: zero_optimization.stage = {json.dumps(stage)}: with a frozen base, stages 1 and 2 shard nothing. "
             "Use 3 (base sharded over ranks) or 0 (base whole on every rank)."
         )
-    for key in _NOT_YET:
+    for key in _QUANTIZED:
         if section.get(key):
-            raise JobError(f"{path}: zero_optimization.{key}: not supported yet. Remove it.")
+            raise JobError(f"{path}: zero_optimization.{key}: it changes results. Set memory.int8_gathers = true in the job instead.")
     group = section.get(_GROUP, 1)
     if type(group) is not int or group < 0:
         raise JobError(f"{path}: zero_optimization.{_GROUP} = {json.dumps(group)}: not a number of ranks. Use those of a node, such as 8.")
     if section.get("offload_param") is not None:
         section["offload_param"] = _offload(path, section["offload_param"], nvme_path)
-    return complete(asked)
+    if int8 and stage == 3 and any(section.get(key) is False for key in _SEQUENTIAL):
+        raise JobError(
+            f"{path}: zero_optimization.stage3_allgather_sequential = false: memory.int8_gathers gathers matrices one by one. Leave it out."
+        )
+    return complete(asked, int8)
 
 
 def _offload(path: Path, asked: Any, nvme_path: str | None) -> dict[str, Any]:
@@ -116,12 +127,18 @@ def _offload(path: Path, asked: Any, nvme_path: str | None) -> dict[str, Any]:
     return {**asked, "nvme_path": folder}
 
 
-def complete(asked: dict[str, Any]) -> dict[str, Any]:
-    """A memory configuration with what every run sets."""
+def complete(asked: dict[str, Any], int8: bool = False) -> dict[str, Any]:
+    """A memory configuration with what every run sets.
+
+    Args:
+        int8: gathers in 8 bits.
+    """
     section = asked["zero_optimization"]
     if section["stage"] == 3 and not _SEQUENTIAL & section.keys():
         # Each matrix comes where it is used; several at once would come in one buffer and be copied out of it.
         section = {**section, "stage3_allgather_sequential": True}
+    if int8:
+        section = {**section, _INT8: True}
     return {
         **asked,
         "zero_optimization": section,

@@ -29,6 +29,8 @@ class Gathers:
     """Gathers that had something to bring."""
     elements: int = 0
     """Of the parameters that they made whole."""
+    vectors: int = 0
+    """Of norms and biases among them."""
     exchanged_bytes: int = 0
     """That came from other ranks instead of tables of the vocabulary, or to put the head's together."""
     invalidations: int = 0
@@ -56,6 +58,7 @@ def watched_gathers(fetching: Callable[[], AbstractContextManager[Any]] = nullco
         if missing := [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]:
             counted.calls += 1
             counted.elements += sum(p.ds_numel for p in missing)
+            counted.vectors += sum(p.ds_numel for p in missing if len(p.ds_shape) == 1)
         return originals[_GATHER](self, params, forward)
 
     def invalidate(self: Any) -> Any:

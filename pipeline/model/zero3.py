@@ -12,7 +12,7 @@ keeps a second, finer partition over all ranks, for weights that change; these a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
-from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, MultipleAllGatherHandles, PartitionedParamStatus, ZeroParamStatus
 from pydantic import ValidationError
 from torch import nn
 
 from pipeline.job.errors import JobError
-from pipeline.job.zero import for_deepspeed, group_of, nvme_path_of
+from pipeline.job.zero import for_deepspeed, group_of, int8_gathers, nvme_path_of
+from pipeline.model.int8 import Int8
 from pipeline.plan.gathering import prefetch_of
 from pipeline.weights.mapped import mapped
 
@@ -48,11 +49,14 @@ class Partitioner:
         # Constructed, not entered: entering would hook every module's constructor.
         try:
             self._init = Init(config_dict_or_path=for_deepspeed(config), dtype=dtype, data_parallel_group=_group(group_of(config)))
+            # Its own would compile CUDA kernels.
+            self._init.quantizer_module = Int8(self._init.num_partitions)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise JobError(f"memory.config: zero_optimization.{key}: {problem['msg']}. Mend that key of the file.") from None
         self._dtype = dtype
+        self._int8 = int8_gathers(config)
         self._nvme_path = nvme_path_of(config)
 
     def parameter(self, shape: tuple[int, ...], fill: Fill, by_rows: bool = False) -> nn.Parameter:
@@ -65,6 +69,8 @@ class Partitioner:
         # Any: DeepSpeed hangs its own attributes on parameters and shards.
         parameter: Any = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
+        if self._int8:
+            parameter.all_gather_coalesced = _in_int8(parameter.all_gather_coalesced)
         ranks = parameter.ds_zero_partition_world_size
         parameter.ds_shape = torch.Size(shape)
         parameter.ds_numel = numel
@@ -87,6 +93,21 @@ class Partitioner:
         parameter.ds_tensor = shard
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         return parameter
+
+
+def _in_int8(gather: Any) -> Any:
+    """DeepSpeed's gather of several parameters, matrices in 8 bits. Norms and biases are few, and come as they are."""
+
+    def gathered(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
+        del quantize  # DeepSpeed knows nothing of it
+        matrices: list[Any] = []
+        vectors: list[Any] = []
+        for parameter in parameters:
+            (matrices if len(parameter.ds_shape) > 1 else vectors).append(parameter)
+        handles = [gather(each, safe_mode, quantize=each is matrices) for each in (vectors, matrices) if each]
+        return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
+
+    return gathered
 
 
 def _group(count: int | None) -> dist.ProcessGroup | None:

@@ -21,6 +21,8 @@ from pipeline.plan.adapted import Adapted, Everywhere
 from pipeline.plan.shapes import Part, Shape
 from pipeline.plan.tables import tables_of
 
+INT8_GROUP = 128
+"""So many elements share a scale where matrices come in 8 bits."""
 Pass = Literal["forward", "recompute", "backward", "release"]
 
 
@@ -75,10 +77,33 @@ class Gathered:
     """Of whole parameters: how much is put together on each rank."""
     again: int = 0
     """Fetched by each micro-batch behind a step's first: what did not stay gathered for it."""
+    vectors: int = 0
+    vectors_again: int = 0
+    """Norms and biases among these."""
 
     def in_step(self, micro_batches: int) -> int:
         """Fetched by so many."""
         return self.fetched + self.again * (micro_batches - 1)
+
+    def bytes_in_step(self, micro_batches: int, element_bytes: int, int8: bool) -> int:
+        """The same in bytes as they come."""
+        return sent_bytes(self.in_step(micro_batches), self.vectors + self.vectors_again * (micro_batches - 1), element_bytes, int8)
+
+
+def sent(element_bytes: int, int8: bool) -> float:
+    """Share of a matrix' bytes in which it comes.
+
+    Args:
+        int8: in 8 bits, with its scales in fp32.
+    """
+    return (1 + 4 / INT8_GROUP) / element_bytes if int8 else 1.0
+
+
+def sent_bytes(elements: int, vectors: int, element_bytes: int, int8: bool) -> int:
+    """Args:
+    vectors: elements of norms and biases among them.
+    """
+    return round((elements - vectors) * element_bytes * sent(element_bytes, int8)) + vectors * element_bytes
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,14 @@ class _Visit:
 
 
 def gathered(
-    shape: Shape, adapted: Everywhere, prefetch: Prefetch, ranks: int, checkpointing: bool, labels: bool = False, several: bool = False
+    shape: Shape,
+    adapted: Everywhere,
+    prefetch: Prefetch,
+    ranks: int,
+    checkpointing: bool,
+    labels: bool = False,
+    several: bool = False,
+    share: float = 1.0,
 ) -> Gathered:
     """Of any micro-batch in a step after the first two.
 
@@ -101,30 +133,34 @@ def gathered(
         ranks: those that share one copy of the base. 1: it is copied from where it is, tensor by tensor.
         labels: a task's own head takes the place of the vocabulary projection.
         several: micro-batches make a step.
+        share: of a parameter's bytes, those in which it comes (`sent`); it is made from them beside them.
     """
-    sizes, visits, stale = _trace(shape, adapted, prefetch, checkpointing, labels)
+    sizes, visits, stale, vectors = _trace(shape, adapted, prefetch, checkpointing, labels)
     small = {p: size for p, size in enumerate(sizes) if size <= prefetch.persistence}
     between = sum(size for p, size in small.items() if p not in stale)
     # DeepSpeed goes on releasing what it decided to release in the pass after the recorded one.
-    first = _Follower(sizes, visits, prefetch, ranks, small.keys() & _left(visits) - stale)
+    first = _Follower(sizes, visits, prefetch, ranks, share, small.keys() & _left(visits) - stale)
     first.run()
-    follower = _Follower(sizes, visits, prefetch, ranks, small.keys() - stale, first.decisions)
+    follower = _Follower(sizes, visits, prefetch, ranks, share, small.keys() - stale, first.decisions)
     follower.run()
     # A micro-batch between two others. Nothing that a step has changed changes before the next one.
     kept = follower.behind_forward if prefetch.keeps(sum(sizes)) else frozenset[int]()
-    later = _Follower(sizes, visits, prefetch, ranks, small.keys() | kept, first.decisions, kept)
+    later = _Follower(sizes, visits, prefetch, ranks, share, small.keys() | kept, first.decisions, kept)
     later.run()
     most = {name: max(count, later.most[name]) for name, count in follower.most.items()} if several else follower.most
     forward = max(most["start"], most["below"], most["layers"], most["head"])
-    return Gathered(forward, **most, between=between, fetched=follower.fetched, again=later.fetched)
+    fetched, again = (sum(sizes[p] for p in found.fetched) for found in (follower, later))
+    of_vectors = [sum(sizes[p] for p in found.fetched if p in vectors) for found in (follower, later)]
+    return Gathered(forward, **most, between=between, fetched=fetched, again=again, vectors=of_vectors[0], vectors_again=of_vectors[1])
 
 
 def _trace(
     shape: Shape, adapted: Everywhere, prefetch: Prefetch, checkpointing: bool, labels: bool
-) -> tuple[tuple[int, ...], list[_Visit], frozenset[int]]:
-    """Sizes of what is gathered; the visits of modules, in the order of a micro-batch; and the matrices that a step changes."""
+) -> tuple[tuple[int, ...], list[_Visit], frozenset[int], frozenset[int]]:
+    """Sizes of what is gathered; the visits of modules, in the order of a micro-batch; the matrices that a step changes; the vectors."""
     sizes: list[int] = []
     stale: set[int] = set()
+    vectors: set[int] = set()
     apart = tables_of(shape, adapted, prefetch.persistence)
 
     def take(part: Part, trained: Adapted) -> tuple[int, ...]:
@@ -132,6 +168,7 @@ def _trace(
         sizes.extend(part.sizes)
         if trained.weights and part.matrices():
             stale.add(first)
+        vectors.update(range(first + len(part.matrices()), len(sizes)))
         return tuple(range(first, len(sizes)))
 
     table = shape.embeddings.index(shape.table)
@@ -178,7 +215,7 @@ def _trace(
         # leaf that has one (pipeline/model/build.py).
         if not apart.embedding and (checkpointing or outside.weights or outside.replaces):
             visits.append(_Visit(embeddings[table], "backward", -1, leaves=False))
-    return tuple(sizes), visits, frozenset(stale)
+    return tuple(sizes), visits, frozenset(stale), frozenset(vectors)
 
 
 def _backward(pairs: list[tuple[Part, tuple[int, ...]]]) -> list[tuple[Part, tuple[int, ...]]]:
@@ -226,6 +263,7 @@ class _Follower:
         visits: list[_Visit],
         prefetch: Prefetch,
         ranks: int,
+        share: float,
         available: Set[int],
         decisions: list[set[int]] | None = None,
         kept: Set[int] = frozenset(),
@@ -235,7 +273,7 @@ class _Follower:
         decisions: what each release lets go. None: it is decided.
         kept: stays for the next micro-batch.
         """
-        self._sizes, self._all, self._prefetch, self._ranks = sizes, visits, prefetch, ranks
+        self._sizes, self._all, self._prefetch, self._ranks, self._share = sizes, visits, prefetch, ranks, share
         self._order = [visit for visit in visits if visit.passes != "release"]
         self._persistent = {p for p, size in enumerate(sizes) if size <= prefetch.persistence}
         self._decided = iter(decisions) if decisions is not None else None
@@ -257,7 +295,8 @@ class _Follower:
         self._now = "start"
         self._elements = sum(sizes[p] for p in self._available)
         self.most = dict.fromkeys(("start", "below", "layers", "head", "loss", "backward", "finish"), self._elements)
-        self.fetched = 0
+        self.fetched: list[int] = []
+        """Parameters, as often as they are."""
         self._passed = [0]
         for visit in self._order:
             self._passed.append(self._passed[-1] + sum(sizes[p] for p in visit.parameters))
@@ -333,12 +372,15 @@ class _Follower:
     def _gather(self, parameters: set[int]) -> None:
         # Padded so that every rank's part is the same.
         flat = sum(-(-self._sizes[p] // self._ranks) * self._ranks for p in parameters)
-        group = _Group(set(parameters), flat, in_place=self._prefetch.one_by_one or len(parameters) == 1 or self._ranks == 1)
+        in_place = self._prefetch.one_by_one or len(parameters) == 1 or self._ranks == 1
+        if self._share < 1 and self._ranks > 1:
+            flat, in_place = round(flat * self._share), False
+        group = _Group(set(parameters), flat, in_place)
         self._inflight.update(dict.fromkeys(parameters, group))
         self._holding.update(dict.fromkeys(parameters, group))
         count = sum(self._sizes[p] for p in parameters)
         self._live_elements += count
-        self.fetched += count
+        self.fetched += parameters
         self._grow(flat)
 
     def _wait(self, group: _Group, parameter: int) -> None:

@@ -11,7 +11,7 @@ from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
 from pipeline.plan.activations import Activations, activations
 from pipeline.plan.adapted import Everywhere, adapt
-from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of
+from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of, sent
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.plan.hardware import Gpu
 from pipeline.plan.layers import MicroBatch
@@ -61,6 +61,7 @@ class Setting:
     auto: bool = False
     """Stage, group, offload and prefetch are still to be chosen."""
     nvme_path: str | None = None
+    int8_gathers: bool = False
     """A folder for shards on disk, where one may be chosen."""
     main_memory_bytes: int | None = None
     """Of a node. None: not known."""
@@ -180,6 +181,7 @@ def setting(
         trains_matrices=trains_matrices(job.methods) is not None,
         auto=auto,
         nvme_path=job.memory.nvme_path,
+        int8_gathers=job.memory.int8_gathers,
     )
 
 
@@ -232,7 +234,9 @@ def memory(asked: Setting, batch: MicroBatch | None = None) -> Memory:
     sharded = asked.stage == 3
     own_head, seen = bool(asked.head_outputs), min(asked.sharers, 8)
     several = asked.micro_batches > 1
-    found = _gathered(shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head, several) if asked.copies else _NOTHING
+    share = sent(e, asked.int8_gathers)
+    gathers = (shape, asked.adapted, asked.prefetch, seen, asked.checkpointing, own_head, several, share)
+    found = _gathered(*gathers) if asked.copies else _NOTHING
     base = asked.shard_bytes
     # A CPU rank computes where shards in main memory are.
     away = sharded and (asked.offload == "nvme" or (asked.offload == "cpu" and gpu.name != "cpu"))

@@ -46,7 +46,7 @@ def work(asked: Setting, found: Memory) -> Work:
     rate = ATTAINED * (gpu.single_flops if asked.dtype == "fp32" else gpu.half_flops)
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
     swapped, told, table = _exchanged(asked)
-    fetched = (found.gathered.in_step(asked.micro_batches) + table) * asked.element_bytes
+    fetched = found.gathered.bytes_in_step(asked.micro_batches, asked.element_bytes, asked.int8_gathers) + table * asked.element_bytes
     gathered = fetched * (sharers - 1) // sharers
     exchanged = swapped + told
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.

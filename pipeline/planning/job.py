@@ -109,6 +109,7 @@ def _plan(
             "zero_stage": asked.stage,
             "group": asked.group,
             "offload": asked.offload,
+            "int8_gathers": asked.int8_gathers,
             "gradient_checkpointing": asked.checkpointing,
             "micro_batch_tokens": asked.micro_batch_tokens,
             "generation_batch_tokens": asked.decoding.batch_tokens,

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.model.zero3 import is_sharded
 from pipeline.plan.answers import changes, largest_micro_batch
+from pipeline.plan.gathering import sent_bytes
 from pipeline.plan.hardware import named
 from pipeline.plan.memory import Memory, Setting, memory
 from pipeline.plan.work import model_flops, work
@@ -116,14 +117,15 @@ def _split(everyone: list[Rank], steps: int) -> dict[str, dict[str, float]]:
 
 def _moved(found: Measured, asked: Setting, steps: int) -> dict[str, Any]:
     """Of one rank in a step. With one rank nothing comes from another."""
-    fetched, plan = found.gathers.elements * asked.element_bytes // steps, memory(asked).gathered
-    planned = sum(plan.in_step(count) for count in found.micro_batches) if asked.copies else 0
+    e, int8, plan = asked.element_bytes, asked.int8_gathers, memory(asked).gathered
+    fetched = sent_bytes(found.gathers.elements, found.gathers.vectors, e, int8) // steps
+    planned = sum(plan.bytes_in_step(count, e, int8) for count in found.micro_batches) if asked.copies else 0
     return {
         "calls": found.gathers.calls / steps,
         "gathered_bytes": fetched,
         "received_bytes": fetched * (asked.sharers - 1) // asked.sharers,
         "exchanged_bytes": found.gathers.exchanged_bytes // steps,
-        "predicted_gathered_bytes": planned * asked.element_bytes // steps,
+        "predicted_gathered_bytes": planned // steps,
         "trace_invalidations": found.gathers.invalidations,
     }
 

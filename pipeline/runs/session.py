@@ -194,7 +194,8 @@ def open_session(job: Job, ranks: Ranks, screen: Screen) -> Session:
     if not family_of(config).encoder:
         tokens.require_end()
     choice = _chosen(job, folder, ranks) if job.memory.config == AUTO else None
-    zero = complete(choice.config) if choice else deepspeed_config(Path(job.memory.config), job.memory.nvme_path)
+    int8 = job.memory.int8_gathers
+    zero = complete(choice.config, int8) if choice else deepspeed_config(Path(job.memory.config), job.memory.nvme_path, int8=int8)
     loading = "loading the base"
     base = load_base(
         folder,

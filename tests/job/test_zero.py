@@ -126,7 +126,8 @@ def test_a_missing_stage_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights: not supported yet"),
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights: .*Set memory.int8_gathers = true in the job"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights: .*Set memory.int8_gathers = true in the job"),
         ({"zero_hpz_partition_size": "many"}, 'zero_hpz_partition_size = "many": not a number of ranks'),
         ({"zero_hpz_partition_size": -1}, "zero_hpz_partition_size = -1: not a number of ranks"),
         ({"offload_param": "cpu"}, 'offload_param = "cpu": not an object'),
