@@ -68,7 +68,9 @@ def main() -> None:
         taken: list[dict[str, Any]] = []
         for seed in range(1, asked.seeds + 1):
             taken.append({way: train(job, Path(scratch) / f"{seed}-{value}", seed, value) for way, value in WAYS.items()})
-            console.print(f"seed {seed}: " + "; ".join(f"{way} {told['score']:.2f}, {told['step_s']:.3f} s" for way, told in taken[-1].items()))
+            console.print(
+                f"seed {seed}: " + "; ".join(f"{way} {told['score']:.2f}, {told['step_s']:.3f} s" for way, told in taken[-1].items())
+            )
         gathered = {way: planned(job, value) for way, value in WAYS.items()}
     heads = ("", *WAYS, "8 bits / as they are")
     cells = [
@@ -120,7 +122,11 @@ def ratio(of: dict[str, float]) -> float:
 def row(name: str, taken: list[dict[str, Any]], key: str, places: int) -> list[str]:
     """Means over the seeds; the median of each seed's ratio."""
     means = [mean(each[way][key] for each in taken) for way in WAYS]
-    return [name, *(f"{value:.{places}f}" for value in means), f"{median(ratio({way: each[way][key] for way in WAYS}) for each in taken):.3f}"]
+    return [
+        name,
+        *(f"{value:.{places}f}" for value in means),
+        f"{median(ratio({way: each[way][key] for way in WAYS}) for each in taken):.3f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.plan.gathering import INT8_GROUP as GROUP
+from pipeline.plan.prefetch import INT8_GROUP as GROUP
 
 _MOST = 127
 

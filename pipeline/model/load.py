@@ -23,7 +23,7 @@ from pipeline.model.head import Head
 from pipeline.model.names import find, match_names
 from pipeline.model.vocabulary import Embedding
 from pipeline.model.zero3 import Partitioner, run_of, shape_of, shard_of
-from pipeline.plan.gathering import prefetch_of
+from pipeline.plan.prefetch import prefetch_of
 from pipeline.weights.index import Checkpoint, Entry, open_checkpoint
 from pipeline.weights.read import Reader
 

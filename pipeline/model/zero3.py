@@ -27,7 +27,7 @@ from torch import nn
 from pipeline.job.errors import JobError
 from pipeline.job.zero import for_deepspeed, group_of, int8_gathers, nvme_path_of
 from pipeline.model.int8 import Int8
-from pipeline.plan.gathering import prefetch_of
+from pipeline.plan.prefetch import prefetch_of
 from pipeline.weights.mapped import mapped
 
 Fill = Callable[[int, torch.Tensor], None]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.job.zero_keys import strangers, without_strangers
-from pipeline.plan.gathering import Prefetch
 from pipeline.plan.memory import Setting, memory
+from pipeline.plan.prefetch import Prefetch
 from pipeline.plan.work import work
 
 _OF_THE_OPTIMIZER = {

@@ -11,10 +11,11 @@ from pipeline.job.spec import Decoding, Job
 from pipeline.job.zero import Offload, group_of, offload_of, zero_stage
 from pipeline.plan.activations import Activations, activations
 from pipeline.plan.adapted import Everywhere, adapt
-from pipeline.plan.gathering import Gathered, Prefetch, gathered, prefetch_of, sent
+from pipeline.plan.gathering import Gathered, gathered
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.plan.hardware import Gpu
 from pipeline.plan.layers import MicroBatch
+from pipeline.plan.prefetch import Prefetch, prefetch_of, sent
 from pipeline.plan.shapes import Shape
 from pipeline.plan.tables import Loss, Tables, loss_of, tables_of
 from pipeline.plan.trained import Trained, counted

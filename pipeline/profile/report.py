@@ -14,9 +14,9 @@ import torch
 
 from pipeline.model.zero3 import is_sharded
 from pipeline.plan.answers import changes, largest_micro_batch
-from pipeline.plan.gathering import sent_bytes
 from pipeline.plan.hardware import named
 from pipeline.plan.memory import Memory, Setting, memory
+from pipeline.plan.prefetch import sent_bytes
 from pipeline.plan.work import model_flops, work
 from pipeline.profile.follow import expected
 from pipeline.profile.judge import Facts, judge
