@@ -19,16 +19,17 @@ class Int8:
 
     Args:
         ranks: that share a copy of the base.
+        device: that computes; shards may lie elsewhere.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: int, device: torch.device | str = "cpu") -> None:
+        self._ranks, self._device = ranks, device
 
     def quantize(self, shard: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A rank's run of elements [n] -> int8 [n], fp32 scales [ceil(n / GROUP)]."""
         groups = -(-shard.numel() // GROUP)
         # At least as wide as the scale, so that a quotient is rounded once.
-        padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=shard.device)
+        padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=self._device)
         padded[: shard.numel()] = shard
         by_group = padded.view(groups, GROUP)
         scales = by_group.abs().amax(1).div_(_MOST)

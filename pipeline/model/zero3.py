@@ -50,7 +50,7 @@ class Partitioner:
         try:
             self._init = Init(config_dict_or_path=for_deepspeed(config), dtype=dtype, data_parallel_group=_group(group_of(config)))
             # Its own would compile CUDA kernels.
-            self._init.quantizer_module = Int8(self._init.num_partitions)
+            self._init.quantizer_module = Int8(self._init.num_partitions, self._init.local_device)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))

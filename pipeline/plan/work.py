@@ -47,6 +47,7 @@ def work(asked: Setting, found: Memory) -> Work:
     ranks, nodes, sharers = asked.ranks, asked.nodes, asked.sharers
     swapped, told, table = _exchanged(asked)
     fetched = found.gathered.bytes_in_step(asked.micro_batches, asked.element_bytes, asked.int8_gathers) + table * asked.element_bytes
+    stored = (found.gathered.in_step(asked.micro_batches) + table) * asked.element_bytes
     gathered = fetched * (sharers - 1) // sharers
     exchanged = swapped + told
     # Every node takes in what its own ranks do not hold, once for all of them; nothing where they hold all.
@@ -59,7 +60,7 @@ def work(asked: Setting, found: Memory) -> Work:
     whole, scattered = (asked.trained - runs + 2) * 4, runs * 4 * asked.micro_batches
     seconds = (gathered + exchanged) / gpu.peers_bytes_s + between / gpu.node_bytes_s
     if asked.offload:
-        own = fetched // sharers
+        own = stored // sharers
         seconds += own / gpu.host_bytes_s
         seconds += own * asked.local_ranks / gpu.disk_bytes_s if asked.offload == "nvme" else 0
     slowest = gpu.node_bytes_s if nodes > 1 else gpu.peers_bytes_s
