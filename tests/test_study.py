@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -170,6 +171,8 @@ def test_what_is_finished_is_passed_over(study, finished):
 def test_the_page_has_the_results_of_the_runs(study, maker, finished, tmp_path):
     this, _ = finished
     found = json.loads(json.dumps(study.study(this.out, study.METHODS, study.FEW))) | {"measured_on": ["- made up"]}
+    found["left"] = study.left(this.out)
+    assert found["left"] == {}
     assert {part: len(rows) for part, rows in found["parts"].items()} == {"e2e": 10, "sst2": 10, "rank": 7, "weights": 7, "few": 15}
     page = maker.page(found)
     # Seeds 1, 2, 3 at the middle rate: 61, 62, 63.
@@ -184,7 +187,21 @@ def test_the_page_has_the_results_of_the_runs(study, maker, finished, tmp_path):
     assert maker.page(found, by_hand) == by_hand
     maker.draw(found, tmp_path)
     assert {file.name for file in tmp_path.glob("*.png")} == {f"study-{name}.png" for name in ("methods", "rank", "few")}
-    assert all((tmp_path / name).exists() for name in re.findall(r"images/(study-\w+\.png)", page))
+    assert len(named := re.findall(r"images/(study-\w+\.png)", page)) == 3
+    assert all((tmp_path / name).exists() for name in named)
+
+
+def test_a_part_that_is_not_run_is_said(study, maker, finished, tmp_path):
+    this, _ = finished
+    for folder in (this.out / "rank", *this.out.glob("sst2_*")):
+        shutil.rmtree(folder)
+    found = json.loads(json.dumps(study.study(this.out, study.METHODS, study.FEW))) | {"measured_on": [], "left": study.left(this.out)}
+    page = maker.page(found)
+    assert found["left"] == {"rank": 18, "sst2": 50}
+    assert "- **not finished**: 18 runs of `rank`" in page
+    assert "study-methods.png" in page
+    maker.draw(found, tmp_path)
+    assert "Not run." in page
 
 
 def test_a_smoke_test_has_a_few_of_each_part(study, here, monkeypatch):
