@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.job.spec import Decoding
 from pipeline.model.causal import Causal
-from pipeline.model.zero3 import gathered, is_sharded, whole_bytes
+from pipeline.model.zero3 import exact, gathered, is_sharded, whole_bytes
 from pipeline.plan.generation import USED, generation_bytes
 from pipeline.train.engine import Ranks
 
@@ -28,8 +28,10 @@ class Gathering:
     sharded: bool
 
     def held(self, root: nn.Module) -> AbstractContextManager[None]:
-        """The base as it was chosen, while the block runs."""
-        return gathered(root) if self.sharded and not self.each_pass else nullcontext()
+        """The base as it was chosen, while the block runs; either way as it is, not as training may see it."""
+        if not self.sharded:
+            return nullcontext()
+        return exact(root) if self.each_pass else gathered(root)
 
 
 def choose(root: Causal, decoding: Decoding, ranks: Ranks) -> Gathering:

@@ -156,7 +156,8 @@ class Memory(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     int8_gathers: bool = False
     """Matrices of the frozen base go to other ranks in 8 bits with a scale for each 128 elements: half the bytes of bf16 and fp16, and
-    weights that are rounded by up to 0.4 % of the largest of each 128. Shards and what is saved stay as they are."""
+    weights that are rounded by up to 0.4 % (in bf16 0.6 %) of the largest of each 128. Shards, scores and what is saved are of the base
+    as it is."""
 
 
 class Published(Section):

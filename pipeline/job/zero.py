@@ -100,11 +100,11 @@ def deepspeed_config(path: Path, nvme_path: str | None = None, lenient: bool = F
         raise JobError(f"{path}: zero_optimization.{_GROUP} = {json.dumps(group)}: not a number of ranks. Use those of a node, such as 8.")
     if section.get("offload_param") is not None:
         section["offload_param"] = _offload(path, section["offload_param"], nvme_path)
-    if int8 and stage == 3 and any(section.get(key) is False for key in _SEQUENTIAL):
-        raise JobError(
-            f"{path}: zero_optimization.stage3_allgather_sequential = false: memory.int8_gathers gathers matrices one by one. Leave it out."
-        )
-    return complete(asked, int8)
+    found = complete(asked, int8)
+    if int8 and stage == 3 and not one_by_one(found):
+        key = next(iter(_SEQUENTIAL & section.keys()))
+        raise JobError(f"{path}: zero_optimization.{key} = false: memory.int8_gathers gathers matrices one by one. Leave it out.")
+    return found
 
 
 def _offload(path: Path, asked: Any, nvme_path: str | None) -> dict[str, Any]:

@@ -24,15 +24,19 @@ class Int8:
 
     def __init__(self, ranks: int, device: torch.device | str = "cpu") -> None:
         self._ranks, self._device = ranks, device
+        self.resting = False
+        """Gathers bring everything as it is."""
 
     def quantize(self, shard: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A rank's run of elements [n] -> int8 [n], fp32 scales [ceil(n / GROUP)]."""
         groups = -(-shard.numel() // GROUP)
         # At least as wide as the scale, so that a quotient is rounded once.
         padded = torch.zeros(groups * GROUP, dtype=torch.float32, device=self._device)
-        padded[: shard.numel()] = shard
+        # Moved in its own dtype: to another one it would be turned where it lies.
+        padded[: shard.numel()] = shard.to(self._device)
         by_group = padded.view(groups, GROUP)
-        scales = by_group.abs().amax(1).div_(_MOST)
+        least, most = by_group.aminmax(dim=1)
+        scales = torch.maximum(most, -least).div_(_MOST)
         # A group of zeros stays one.
         by_group.div_(scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-_MOST, _MOST)
         return padded[: shard.numel()].to(torch.int8), scales
@@ -46,6 +50,9 @@ class Int8:
         whole = torch.empty(quantized.shape, dtype=dtype, device=quantized.device)
         source, target = quantized.reshape(-1), whole.view(-1)
         run = -(-source.numel() // self._ranks)
+        if run % GROUP == 0 and source.numel() == run * self._ranks:
+            torch.mul(source.view(-1, GROUP), scales[:, None], out=target.view(-1, GROUP))
+            return whole
         for taken, rows, own in zip(source.split(run), target.split(run), scales.view(self._ranks, -1), strict=False):
             full = taken.numel() // GROUP
             torch.mul(taken[: full * GROUP].view(full, GROUP), own[:full, None], out=rows[: full * GROUP].view(full, GROUP))

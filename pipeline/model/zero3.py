@@ -49,14 +49,14 @@ class Partitioner:
         # Constructed, not entered: entering would hook every module's constructor.
         try:
             self._init = Init(config_dict_or_path=for_deepspeed(config), dtype=dtype, data_parallel_group=_group(group_of(config)))
+            self._int8 = Int8(self._init.num_partitions, self._init.local_device) if int8_gathers(config) else None
             # Its own would compile CUDA kernels.
-            self._init.quantizer_module = Int8(self._init.num_partitions, self._init.local_device)
+            self._init.quantizer_module = self._int8
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise JobError(f"memory.config: zero_optimization.{key}: {problem['msg']}. Mend that key of the file.") from None
         self._dtype = dtype
-        self._int8 = int8_gathers(config)
         self._nvme_path = nvme_path_of(config)
 
     def parameter(self, shape: tuple[int, ...], fill: Fill, by_rows: bool = False) -> nn.Parameter:
@@ -70,7 +70,8 @@ class Partitioner:
         parameter: Any = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._init.local_device), requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
         if self._int8:
-            parameter.all_gather_coalesced = _in_int8(parameter.all_gather_coalesced)
+            parameter.int8 = self._int8
+            parameter.all_gather_coalesced = _in_int8(parameter.all_gather_coalesced, self._int8)
         ranks = parameter.ds_zero_partition_world_size
         parameter.ds_shape = torch.Size(shape)
         parameter.ds_numel = numel
@@ -95,7 +96,7 @@ class Partitioner:
         return parameter
 
 
-def _in_int8(gather: Any) -> Any:
+def _in_int8(gather: Any, int8: Int8) -> Any:
     """DeepSpeed's gather of several parameters, matrices in 8 bits. Norms and biases are few, and come as they are."""
 
     def gathered(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
@@ -103,7 +104,7 @@ def _in_int8(gather: Any) -> Any:
         matrices: list[Any] = []
         vectors: list[Any] = []
         for parameter in parameters:
-            (matrices if len(parameter.ds_shape) > 1 else vectors).append(parameter)
+            (matrices if len(parameter.ds_shape) > 1 and not int8.resting else vectors).append(parameter)
         handles = [gather(each, safe_mode, quantize=each is matrices) for each in (vectors, matrices) if each]
         return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
@@ -237,6 +238,21 @@ def whole_bytes(model: nn.Module) -> int:
 
 def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+@contextmanager
+def exact(root: nn.Module) -> Iterator[None]:
+    """Gathers bring the base as it is while the block runs, in 8 bits or not. Nothing may be gathered when it begins or ends."""
+    # Any: see Partitioner. One for all parameters.
+    found: Any = next((p.int8 for p in root.parameters() if hasattr(p, "int8")), None)
+    if found is None:
+        yield
+        return
+    found.resting = True
+    try:
+        yield
+    finally:
+        found.resting = False
 
 
 @contextmanager

@@ -61,8 +61,9 @@ class Setting:
     """Of the base: they cannot be sharded within groups."""
     auto: bool = False
     """Stage, group, offload and prefetch are still to be chosen."""
-    nvme_path: str | None = None
     int8_gathers: bool = False
+    """Matrices come from other ranks in 8 bits."""
+    nvme_path: str | None = None
     """A folder for shards on disk, where one may be chosen."""
     main_memory_bytes: int | None = None
     """Of a node. None: not known."""

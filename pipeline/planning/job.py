@@ -163,12 +163,14 @@ def _plan(
 
 def _notes(asked: Setting) -> list[str]:
     """What of the plan is a guess."""
-    embeddings = asked.adapted.embeddings
+    embeddings, notes = asked.adapted.embeddings, list(asked.shape.notes)
+    if asked.int8_gathers:
+        notes.append("int8 gathers: what rounding and its temporaries take is not counted")
     if asked.checkpointing and asked.shape.family == "deberta-v2" and (embeddings.weights or embeddings.biases):
         # pipeline/model/build.py recomputes in another way there.
         more = "its relative positions are trained: with recomputing, up to twice as many bytes are gathered as is said"
-        return [*asked.shape.notes, more]
-    return list(asked.shape.notes)
+        notes.append(more)
+    return notes
 
 
 def _whole_run(train: Train, step_gpu_s: float, known: Examples | None, price: Price | None) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def _arithmetic(asked: Setting) -> list[dict[str, Any]]:
         ("base shard", f"{shape.parameters:,} parameters x {e} / {ranks}", found.parts["base_shard"]),
         (
             "gathered",
-            f"modules in use and ahead, at least a {largest}; small ones always",
+            f"modules in use and ahead, at least a {largest}; small ones always" + ("; their int8" if asked.int8_gathers else ""),
             found.parts["gathered"],
         ),
         ("delta", _counted(asked), found.parts["delta"]),

@@ -117,7 +117,7 @@ def _split(everyone: list[Rank], steps: int) -> dict[str, dict[str, float]]:
 
 def _moved(found: Measured, asked: Setting, steps: int) -> dict[str, Any]:
     """Of one rank in a step. With one rank nothing comes from another."""
-    e, int8, plan = asked.element_bytes, asked.int8_gathers, memory(asked).gathered
+    e, int8, plan = asked.element_bytes, asked.int8_gathers and asked.sharers > 1, memory(asked).gathered
     fetched = sent_bytes(found.gathers.elements, found.gathers.vectors, e, int8) // steps
     planned = sum(plan.bytes_in_step(count, e, int8) for count in found.micro_batches) if asked.copies else 0
     return {

@@ -106,6 +106,8 @@ def _decide(job: Job, run: Path, ranks: Ranks, screen: Screen, accept_changes: b
     texts = [str(change) for change in changed]
     if record.ranks != ranks.count:
         texts.append(f"ranks {record.ranks} -> {ranks.count}")
+        if job.memory.int8_gathers:
+            texts.append("the base is rounded for as many ranks as share it, so the run goes on otherwise than it would have")
         if job.train.dropout:
             texts.append("with the base's own dropout on, other ranks draw other masks, so the run goes on otherwise than it would have")
     if {"train.epochs", "train.steps"} & {change.key for change in changed} and job.train.schedule != "constant":
