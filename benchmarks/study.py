@@ -129,10 +129,12 @@ def main() -> None:
     found = study(asked.out, METHODS, FEW)
     found["measured_on"] = origin("study.py", "torch", "deepspeed", "transformers")
     found["left"] = {} if asked.smoke else left(asked.out)
-    target = RESULT if asked.record and not asked.smoke else asked.out / "study.json"
+    enough = found["base"] is not None and "e2e" in found["parts"]
+    target = RESULT if asked.record and enough and not asked.smoke else asked.out / "study.json"
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{'what there is so far' if found['left'] else 'all of it'}: {target}{'' if ended else '. The same command goes on.'}")
-    if target == RESULT and "e2e" in found["parts"]:
+    what = "all of it" if ended and not found["left"] else "what there is so far"
+    print(f"{what}: {target}{'' if ended else '. The same command goes on.'}")
+    if target == RESULT:
         subprocess.run([sys.executable, MAKER], check=True)
     sys.exit(0 if ended else STOPPED)
 

@@ -65,9 +65,10 @@ def study(out: Path, methods: Sequence[str], few: Sequence[str]) -> dict[str, An
     runs = {
         "e2e": [run for method in methods for run in finals(out / f"e2e_{method}")],
         "sst2": [run for method in methods for run in finals(out / f"sst2_{method}")],
-        "rank": [*finished(out / "rank"), *lora],
-        "weights": [*finished(out / "weights"), *fours],
-        "few": [run for method in few for run in (*finished(out / f"few_{method}"), *finals(out / f"e2e_{method}"))],
+        # With rows of other parts, where there are any of its own.
+        "rank": [*own, *lora] if (own := finished(out / "rank")) else [],
+        "weights": [*own, *fours] if (own := finished(out / "weights")) else [],
+        "few": [run for m in few if (own := finished(out / f"few_{m}")) for run in (*own, *finals(out / f"e2e_{m}"))],
     }
     searched = [f"{part}_{method}" for part in ("e2e", "sst2") for method in methods if finished(out / f"{part}_{method}")]
     return {

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from transformers.utils import logging
 
 from pipeline.cluster.launch import CPU_RANK
+from pipeline.job.zero import deepspeed_config
 from pipeline.tasks.e2e import linearise
 
 HERE = Path(__file__).parent
@@ -261,9 +262,11 @@ def run_bare(setup: Setup) -> Run:
 
 
 def peer_config(setup: Setup) -> dict[str, Any]:
-    """DeepSpeed's part of what Trainer's documentation shows: `auto` lets Trainer set prefetching and persistence from the base's width."""
-    # As the file has it: what zlora sets besides is no part of what its users have.
-    zero = {**json.loads((CONFIGS / setup.memory).read_text())["zero_optimization"], "reduce_bucket_size": "auto"}
+    """DeepSpeed's part of what Trainer's documentation shows: `auto` lets Trainer set prefetching and persistence from the base's width.
+
+    It gathers one by one as ours does, which its users would have to know of: the peer is to have what is best for it.
+    """
+    zero = {**deepspeed_config(CONFIGS / setup.memory)["zero_optimization"], "reduce_bucket_size": "auto"}
     zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     # No train_batch_size: Trainer's own is of all ranks, and the base is loaded before DeepSpeed knows of them.
     half = {name: {"enabled": setup.dtype == name} for name in ("bf16", "fp16")}

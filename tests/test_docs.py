@@ -27,6 +27,28 @@ from tests.tasks.reading import read_examples
 ROOT = Path(__file__).parents[1]
 
 
+PAGES = [page for room in (".", "docs", "benchmarks", "benchmarks/results", "jobs") for page in sorted((ROOT / room).glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_is_there(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, place = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not place or place in places(target), link
+
+
+def places(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ +(.+)$", page.read_text(), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
 @pytest.mark.parametrize("name", ["claims", "jobs", "scaling"])
 def test_a_made_page_is_what_its_script_makes(name, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"make_{name}", ROOT / "docs" / f"make_{name}.py")
@@ -115,7 +137,7 @@ def test_the_rows_of_the_page_of_data_are_read_by_the_jobs_beside_them(tmp_path,
 def test_the_readme_names_every_folder_and_the_docs_every_command():
     readme, index = (ROOT / "README.md").read_text(), (ROOT / "docs" / "index.md").read_text()
     rooms = [p.name for p in (ROOT / "pipeline").iterdir() if p.is_dir() and p.name != "__pycache__"]
-    assert len(rooms) == 17
+    assert len(rooms) == 23
     for room in rooms:
         assert f"`pipeline/{room}/`" in readme
     pages = index + "".join((ROOT / "docs" / name).read_text() for name in ("generate.md", "deltas.md", "analyze.md", "latency.md"))

@@ -199,9 +199,11 @@ def test_a_part_that_is_not_run_is_said(study, maker, finished, tmp_path):
     page = maker.page(found)
     assert found["left"] == {"rank": 18, "sst2": 50}
     assert "- **not finished**: 18 runs of `rank`" in page
-    assert "study-methods.png" in page
+    assert set(found["parts"]) == {"e2e", "weights", "few"}
+    assert len(re.findall(r"^Not run\.$", page, re.MULTILINE)) == 2
+    assert re.findall(r"images/study-(\w+)\.png", page) == ["methods", "few"]
     maker.draw(found, tmp_path)
-    assert "Not run." in page
+    assert not (tmp_path / "study-rank.png").exists()
 
 
 def test_a_smoke_test_has_a_few_of_each_part(study, here, monkeypatch):
