@@ -86,7 +86,7 @@ data = "{data}"
 batch_examples = 4
 """
 FP32, BF16, RECOMPUTE = "base.dtype=fp32", "base.dtype=bf16", "memory.gradient_checkpointing=true"
-FULL = "methods.0.kind=full"
+FULL, INT8 = "methods.0.kind=full", "memory.int8_gathers=true"
 
 
 def cases(folder: Path) -> list[dict[str, Any]]:
@@ -139,6 +139,7 @@ def _grid(folder: Path) -> list[dict[str, Any]]:
         for base in ("gpt2", "llama")
         for dtype, tokens, more in ((FP32, EVEN, ()), (BF16, UNEVEN, (RECOMPUTE,)), (BF16, EVEN, (lean,)))
     ]
+    grid += [case("llama", EVEN, 2, FP32, INT8), case("gpt2", UNEVEN, 2, BF16, lean, INT8)]
     grid += [case("gpt2", EVEN, 1, FP32), case("llama", UNEVEN, 1, BF16, whole), case("gpt2", UNEVEN, 2, FP32, whole, RECOMPUTE)]
     grid += [
         case("llama", EVEN, 2, BF16, _targets("q", "v", "o", "mlp_out"), "methods.0.rank=16"),

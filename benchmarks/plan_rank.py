@@ -50,7 +50,7 @@ def on_rank(case: dict[str, Any]) -> dict[str, Any]:
 def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     """Bytes by part of the last of a few steps; see the head of this file."""
     job = read_job(Path(case["job"]), tuple(case["set"]))
-    zero, dtype = deepspeed_config(Path(job.memory.config)), TORCH_DTYPES[job.base.dtype]
+    zero, dtype = deepspeed_config(Path(job.memory.config), int8=job.memory.int8_gathers), TORCH_DTYPES[job.base.dtype]
     config = read_config(Path(job.base.model))
     anonymous = {"start": anonymous_bytes()}
     loading = Storages()
@@ -93,7 +93,7 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
 def predict(case: dict[str, Any], ranks: int) -> dict[str, Any]:
     """What the plan says of the same case, by the same names; no margin and no context."""
     job = read_job(Path(case["job"]), tuple(case["set"]))
-    zero, shape = deepspeed_config(Path(job.memory.config)), read_shape(Path(job.base.model))
+    zero, shape = deepspeed_config(Path(job.memory.config), int8=job.memory.int8_gathers), read_shape(Path(job.base.model))
     asked = setting(job, zero, shape, gpu_of("cpu"), ranks, 1, case["outputs"], None)
     lengths = case["tokens"]
     views = views_of(lengths) if shape.packs else [lengths]

@@ -86,7 +86,7 @@ def on_rank(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
 
 def measured(ranks: Ranks, case: dict[str, Any], received: Received) -> dict[str, int]:
     job = read_job(Path(case["job"]), tuple(case["set"]))
-    zero, dtype = deepspeed_config(Path(job.memory.config)), TORCH_DTYPES[job.base.dtype]
+    zero, dtype = deepspeed_config(Path(job.memory.config), int8=job.memory.int8_gathers), TORCH_DTYPES[job.base.dtype]
     config = read_config(Path(job.base.model))
     base = load_base(Path(job.base.model), config, dtype, ranks.device, zero, job.train.dropout)
     delta = attach(base, job.methods, 1, ranks.device, ())
@@ -120,7 +120,7 @@ def batch_of(tokens: int, vocabulary: int, ranks: Ranks) -> MicroBatch:
 def said(case: dict[str, Any]) -> dict[str, int]:
     """The plan of it."""
     job, ranks = read_job(Path(case["job"]), tuple(case["set"])), case["ranks"]
-    zero, shape = deepspeed_config(Path(job.memory.config)), read_shape(Path(job.base.model))
+    zero, shape = deepspeed_config(Path(job.memory.config), int8=job.memory.int8_gathers), read_shape(Path(job.base.model))
     asked = setting(job, zero, shape, gpu_of("cpu"), ranks, ranks // case["per_node"], 0, None)
     found = memory(asked)
     done = work(asked, found)

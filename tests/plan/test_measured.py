@@ -26,7 +26,7 @@ kind = "lora"
 kind = "jsonl"
 data = "{data}"
 """
-RECOMPUTE, BF16 = "memory.gradient_checkpointing=true", "base.dtype=bf16"
+RECOMPUTE, BF16, INT8 = "memory.gradient_checkpointing=true", "base.dtype=bf16", "memory.int8_gathers=true"
 ALL = "methods.0.targets=['q','v','o','mlp_in']"
 
 
@@ -64,6 +64,8 @@ def jobs(tmp_path_factory):
         ("llama", (BF16,), [200, 120, 30], 1),
         ("llama", ("at_once", BF16, "methods.0.dropout=0.1"), [200, 100], 2),
         ("llama", (RECOMPUTE, "methods.0.rank=16"), [250, 250], 1),
+        ("llama", ("at_once", INT8), [200, 100], 2),
+        ("gpt2", ("lean", BF16, INT8), [200, 200], 1),
         ("roberta", (), [200, 120, 30], 1),
         ("roberta", (BF16, RECOMPUTE, ALL), [200, 200], 1),
         ("roberta", ("reused", RECOMPUTE), [200, 200], 1),
