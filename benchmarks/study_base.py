@@ -22,7 +22,7 @@ from pipeline.tasks.example import Dropped, Pair
 from pipeline.tasks.open import open_split, separator_text
 
 VOCABULARY, CONTEXT = 2048, 512
-WIDTH, LAYERS, HEADS = 256, 6, 8
+WIDTH, LAYERS, HEADS = 128, 6, 4
 HELD_OUT = 200
 """Documents that pretraining is scored on."""
 SEED = 1
