@@ -107,7 +107,7 @@ def write_results(folder: Path, job: str, overrides: list[str]) -> int:
         (run / "delta").mkdir(parents=True)
         (run / "job.toml").write_text(job_toml(own))
         (run / "environment.json").write_text('{"ranks": 1}')
-        score = {0.003: 0.6, 0.0003: 0.6, 0.01: 0.55}.get(own.train.learning_rate, 0.5) + own.train.seed / 100
+        score = {0.01: 0.6, 0.001: 0.6, 0.03: 0.55}.get(own.train.learning_rate, 0.5) + own.train.seed / 100
         valid = {"accuracy": score} if own.task.kind == "glue" else {"BLEU": score, "perplexity": 3.0}
         result = {"job_digest": job_digest(own), "steps": own.train.steps, "loss": 1.0, "seconds": 60.0, "valid": valid}
         (run / "result.json").write_text(json.dumps(result))
@@ -149,12 +149,12 @@ def finished(study, here, tmp_path, monkeypatch):
 def test_rates_are_chosen_with_one_seed_and_used_by_what_follows(study, finished):
     this, said = finished
     names = Counter(re.sub(r",seed=\d", "", run.name) for run in study.finished(this.out / "e2e_lora"))
-    assert names == {"learning_rate=0.001": 1, "learning_rate=0.003": 3, "learning_rate=0.01": 1}
-    assert study.chosen(this.out / "e2e_full") == 0.0003, "of equals the smallest"
+    assert names == {"learning_rate=0.003": 1, "learning_rate=0.01": 3, "learning_rate=0.03": 1}
+    assert study.chosen(this.out / "e2e_full") == 0.001, "of equals the smallest"
     assert len(study.finished(this.out / "rank")) == len(study.finished(this.out / "weights")) == 18
     for words in said:
         if words[0] == "sweep" and Path(words[1]).stem in ("rank", "weights", "few_lora"):
-            assert "train.learning_rate=0.003" in words
+            assert "train.learning_rate=0.01" in words
     scored = [words for words in said if words[0] == "evaluate"]
     assert len(scored) == 10 * 3
     assert all(words[2:4] == ["--split", "test"] for words in scored)
@@ -176,12 +176,12 @@ def test_the_page_has_the_results_of_the_runs(study, maker, finished, tmp_path):
     assert {part: len(rows) for part, rows in found["parts"].items()} == {"e2e": 10, "sst2": 10, "rank": 7, "weights": 7, "few": 15}
     page = maker.page(found)
     # Seeds 1, 2, 3 at the middle rate: 61, 62, 63.
-    assert "| LoRA | 8,000 | 0.003 | 62.0 ± 1.0 | 3.00 ± 0.00 | 70.4 |" in page
+    assert "| LoRA | 8,000 | 0.01 | 62.0 ± 1.0 | 3.00 ± 0.00 | 70.4 |" in page
     assert "| Adapter-P | 15,000 | " in page
     assert "| 64 | 64,000 | 62.0 ± 1.0 | 3.00 ± 0.00 | 69.24 |" in page
     assert "| q+k+v+o r=2 | 2,000 | 62.0 ± 1.0 |" in page
     assert "| LoRA | 62.0 ± 1.0 | 62.0 ± 1.0 | 62.0 ± 1.0 | " in page
-    assert "| e2e_lora | 0.001: 51.0 | 0.003: 61.0 | 0.01: 56.0 | 0.003 |" in page
+    assert "| e2e_lora | 0.003: 51.0 | 0.01: 61.0 | 0.03: 56.0 | 0.01 |" in page
     assert "Not run." not in page
     by_hand = page.replace("Not written yet.", "The order is the paper's.")
     assert maker.page(found, by_hand) == by_hand
