@@ -21,7 +21,7 @@ from typing import Any
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from transformers import GPT2Config
 from ways import ALLOCATOR, FILMS, HERE, NO_DROPOUT, QUIET, make_base, make_tokenizer, start
 
@@ -84,12 +84,9 @@ def main() -> None:
         "rounds": rounds,
     }
     heads, cells = table(report)
-    shown = Table(*heads, title=title(report), title_justify="left")
-    for row in cells:
-        shown.add_row(*row)
-    console.print(shown)
+    show(console, title(report), heads, cells)
     if asked.record:
-        lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
+        lines = markdown_table(heads, cells)
         head = [
             "# Full fine-tuning beside LoRA, same shards",
             "",

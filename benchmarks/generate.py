@@ -21,7 +21,7 @@ from statistics import median
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from ways import CONFIGS, FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer
 
 WAYS = ("once", "each_pass", "transformers")
@@ -54,15 +54,12 @@ def main() -> None:
         for n, found in enumerate(rounds, 1)
     ]
     title = f"Examples/s on {asked.ranks} ranks, {asked.prompts} prompts, {asked.beams} beams, 32 new tokens"
-    table = Table(*heads, title=title, title_justify="left")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show(console, title, heads, cells)
     ratios = [median(found[way] / found["transformers"] for found in rounds) for way in WAYS[:2]]
     verdict = f"median ratio of {asked.rounds} rounds: {ratios[0]:.1f} gathered once, {ratios[1]:.1f} in each pass; the texts are the same"
     console.print(verdict)
     if asked.record:
-        rows = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
+        rows = markdown_table(heads, cells)
         head = [
             "# Generation: ours beside transformers' own",
             "",

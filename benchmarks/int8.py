@@ -20,7 +20,7 @@ from typing import Any
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from ways import QUIET, start
 
 WAYS = {"as they are": "false", "in 8 bits": "true"}
@@ -84,14 +84,11 @@ def main() -> None:
     apart = [abs(one - other) for one, other in pairs]
     said = f"Losses of the same step differ by {mean(apart):.5f} in the mean and {max(apart):.5f} at most, over {len(pairs)} steps."
     title = f"{asked.task}, {asked.dtype}, LoRA of q and v, r = 8, two ranks, {asked.seeds} seeds of {asked.steps} steps of 32 examples"
-    table = Table(*heads, title=title, title_justify="left")
-    for cell in cells:
-        table.add_row(*cell)
-    console.print(table)
+    show(console, title, heads, cells)
     console.print(said)
     if asked.record:
         measured_on = origin("int8.py", "torch", "deepspeed", "transformers")
-        lines = [f"| {' | '.join(cell)} |" for cell in (heads, ["---"] * len(heads), *cells)]
+        lines = markdown_table(heads, cells)
         asked.record.write_text("\n".join(["# Gathers in 8 bits", "", *measured_on, "", title, "", *lines, "", said, ""]), encoding="utf-8")
         report = {"measured_on": measured_on, "gathered_bytes": gathered, "seeds": taken}
         asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ import matplotlib
 from machine import origin
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from transformers import PreTrainedTokenizerFast
 from ways import ALLOCATOR, QUIET, SHAPES, Setup, make_base, make_data, make_tokenizer, run_ours, run_peer
 
@@ -49,10 +49,7 @@ def main() -> None:
                 setup = Setup(asked.shape, base, data, folder, dtype, 2, 2, WARM_UP, STEPS, micro_batch_tokens=length)
                 found.append(measure(console, setup, length, asked.rounds))
     heads, cells = rows(found)
-    table = Table(*heads, title="A step of one document a rank, two ranks", title_justify="left")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show(console, "A step of one document a rank, two ranks", heads, cells)
     if asked.picture:
         draw(found, asked.picture)
     if asked.record:
@@ -61,7 +58,7 @@ def main() -> None:
         measured_on.append(f"- allocator of every rank: `{settings}`; one thread each")
         report = {"measured_on": measured_on, "cases": found}
         asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
+        lines = markdown_table(heads, cells)
         head = ["# Long documents: ours beside PEFT + Trainer", "", *measured_on, "", f"Medians of {asked.rounds} rounds.", ""]
         asked.record.write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
 

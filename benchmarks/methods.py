@@ -21,8 +21,8 @@ from typing import Any
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
+from tables import markdown_table, show
 from ways import QUIET, start
 
 METHODS = {
@@ -81,15 +81,12 @@ def main() -> None:
     whole = found[first]["runs"][0]
     report["zero3"] = {"method": first, "seed": FIRST_SEED, "score": sharded["score"], "zero0": whole["score"]}
     heads, cells = rows(found)
-    table = Table(*heads, title=title(asked), title_justify="left")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show(console, title(asked), heads, cells)
     ends = f"{sharded['score']:.2f} with the base sharded (ZeRO-3), {whole['score']:.2f} with it whole on every rank"
     equal = f"{first}, seed {FIRST_SEED}: {ends}"
     console.print(equal)
     if asked.record:
-        lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
+        lines = markdown_table(heads, cells)
         head = ["# Methods: score against what is trained", "", *measured_on, "", title(asked)]
         asked.record.write_text("\n".join([*head, "", *lines, "", equal, "", *sweeps(found), ""]), encoding="utf-8")
         asked.record.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from machine import origin
 from plan_cases import cases
 from ranks import on_ranks, prepare
 from rich.console import Console
+from tables import markdown_table
 
 EXACT = ("base_shard", "delta", "gradients", "optimizer")
 WITHIN = {"kept": 0.10, "step": 0.10, "save": 0.10}
@@ -64,7 +65,7 @@ def main() -> None:
             "save",
             "anonymous MB",
         ]
-        lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *rows]]
+        lines = markdown_table(names, rows)
         asked.record.write_text("\n".join([*head, *lines, "", *NOTES]), encoding="utf-8")
     sys.exit(bool(failed))
 

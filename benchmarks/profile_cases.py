@@ -22,6 +22,7 @@ from typing import Any
 
 from machine import origin
 from rich.console import Console
+from tables import markdown_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -145,7 +146,7 @@ def main() -> None:
                     shutil.copyfile(picture, asked.pictures / f"profile-{case.__name__}-{number}.png")
     if asked.record:
         names = ["job", "tokens/s", "data", "gather", "forward", "backward", "most MiB", "cost of the clock", "it says"]
-        lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *rows]]
+        lines = markdown_table(names, rows)
         head = ["# Three jobs and what bounds them", "", *origin("profile_cases.py", "torch", "deepspeed"), ""]
         asked.record.write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
 

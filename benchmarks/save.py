@@ -18,7 +18,7 @@ from statistics import median
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from ways import FILMS, QUIET, SHAPES, Setup, make_base, make_tokenizer, run_ours, run_peer
 
 SHAPE, STEPS, EVERY = "gpt2-small", 20, 5
@@ -44,16 +44,13 @@ def main() -> None:
             rounds.append((ours, theirs))
             console.print(f"round {turn}: ours {1000 * ours:.1f} ms, PEFT + Trainer {1000 * theirs:.0f} ms a save")
     heads = ("round", "ours ms/save", "PEFT + Trainer ms/save", "ratio")
-    table = Table(*heads, title="Training stands still for a save", title_justify="left")
     cells = [[str(n), f"{1000 * ours:.1f}", f"{1000 * theirs:.0f}", f"{theirs / ours:.0f}"] for n, (ours, theirs) in enumerate(rounds, 1)]
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show(console, "Training stands still for a save", heads, cells)
     ratio = f"median ratio of {asked.rounds} paired rounds: {median(theirs / ours for ours, theirs in rounds):.0f}"
     size = f"bytes of one checkpoint: ours {our_bytes / 1e6:.2f} MB (state and delta), theirs {their_bytes / 1e6:.2f} MB"
     console.print(f"{ratio}\n{size}")
     if asked.record:
-        rows = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * 4, *cells)]
+        rows = markdown_table(heads, cells)
         head = ["# A save: ours beside PEFT + Trainer", "", *origin("save.py", "torch", "deepspeed", "transformers", "peft"), ""]
         asked.record.write_text("\n".join([*head, *rows, "", ratio, "", size, ""]), encoding="utf-8")
 

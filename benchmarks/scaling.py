@@ -23,6 +23,7 @@ import scaling_rank
 from machine import origin
 from ranks import on_ranks, prepare
 from rich.console import Console
+from tables import markdown_table
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
@@ -155,7 +156,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     head = ["base", "configuration", "ranks", "sharers", "micro-batches", *COLUMNS.values()]
-    lines = [f"| {' | '.join(each)} |" for each in [head, ["---"] * len(head), *map(cells, report["settings"])]]
+    lines = markdown_table(head, map(cells, report["settings"]))
     return "\n".join(["# Bytes between ranks beside the plan", "", *report["measured_on"], "", report["summary"], "", *lines, "", *NOTES])
 
 

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from ways import FILMS, HERE, QUIET, SHAPES, make_base, make_tokenizer, start
 
 from pipeline.job.method import Lora
@@ -73,10 +73,7 @@ def main() -> None:
         ratios = over("ours", "ours", 0), over("PEFT", "PEFT", 0), over("ours", "PEFT", place)
         cells.append([str(count or "0 (the base alone)"), *(f"{ms:.2f}" for ms in each), *(f"{ratio:.2f}" for ratio in ratios)])
     title = f"{asked.prompts} prompts in a batch, {NEW_TOKENS} new tokens each, {COUNTS[-1]} deltas of rank {asked.rank} resident"
-    table = Table(*heads, title=title, title_justify="left")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show(console, title, heads, cells)
     processes = "; ".join(f"{way} {one / 2**20:,.0f} and {many / 2**20:,.0f}" for way, (one, many) in memory.items())
     lines = [
         f"One more delta: {delta_bytes / 2**20:.2f} MiB of tensors. "
@@ -85,7 +82,7 @@ def main() -> None:
     ]
     console.print("\n".join(lines))
     if asked.record:
-        rows = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)]
+        rows = markdown_table(heads, cells)
         head = ["# Serving many deltas: ours beside PEFT's", "", *origin("serve.py", "torch", "deepspeed", "transformers", "peft")]
         asked.record.write_text("\n".join([*head, "", title, "", *rows, "", *lines, ""]), encoding="utf-8")
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from machine import origin
 from rich.console import Console
-from rich.table import Table
+from tables import markdown_table, show
 from ways import ALLOCATOR, QUIET, SHAPES, Run, Setup, make_base, make_data, make_tokenizer, run_bare, run_ours, run_peer, tokens_of
 
 SIZES = {
@@ -62,10 +62,7 @@ def main() -> None:
                     if asked.record:
                         write(asked.record, sorted(found, key=_name))
     for title, heads, cells in tables(found):
-        table = Table(*heads, title=title, title_justify="left")
-        for row in cells:
-            table.add_row(*row)
-        console.print(table)
+        show(console, title, heads, cells)
 
 
 def _name(case: dict[str, Any]) -> tuple[int, str, int]:
@@ -223,7 +220,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
     lines += [f"- allocator of every rank: `{each}`; one thread each" for each in dict.fromkeys(case["allocator"] for case in cases)]
     lines.append("")
     for title, heads, cells in tables(cases):
-        lines += [title + ".", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells)), ""]
+        lines += [title + ".", "", *markdown_table(heads, cells), ""]
     lines += ["Other settings of the peer, 2 ranks: examples/s, and the most memory of a rank in the steps.", ""]
     for case in cases:
         if others := case.get("other_peers"):
