@@ -59,8 +59,8 @@ PARTS = ("base", "e2e", "rank", "weights", "few", "sst2")
 SEEDS = (2, 3)
 """After the first, with which the learning rate is chosen."""
 SIDE_BY_SIDE = 2
-MINUTES = {"e2e": 1.9, "sst2": 1.0, "rank": 1.7, "weights": 1.7, "few": 1.9}
-"""Expected of a run, for the time left; README.md says how they were found."""
+MINUTES = {"e2e": 1.25, "sst2": 1.0, "rank": 1.1, "weights": 1.1, "few": 1.1}
+"""Expected of a run, for the time left."""
 SMOKE = ("train.steps=2", "train.batch_examples=4", "train.warmup_steps=1", "evaluate.max_prompts=4", "evaluate.max_new_tokens=8")
 ONE_CORE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 POLL_S = 2.0
