@@ -30,7 +30,7 @@ FREE = {
 DELIBERATE = {
     "base.dtype", "methods[0].dropout", "train.learning_rate", "train.schedule", "train.warmup_steps", "train.warmup_ratio",
     "train.weight_decay", "train.adam_betas", "train.adam_eps", "train.clip_norm", "train.label_smoothing", "train.dropout",
-    "train.classifier_dropout",
+    "train.classifier_dropout", "memory.int8_gathers",
 }  # fmt: skip
 NEVER = {
     "base.added_tokens",
