@@ -13,8 +13,9 @@ from pipeline.plan.hardware import cpu_name
 
 def origin(script: str, *packages: str) -> list[str]:
     """Markdown lines: date, command, hardware, versions."""
-    # A folder of data is another one on every machine.
-    asked = ["FOLDER" if before in ("--base", "--data") else word for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
+    # A folder is another one on every machine.
+    folders, words = ("--base", "--data", "--encoder", "--out"), sys.argv[1:]
+    asked = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
